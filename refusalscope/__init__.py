@@ -1,0 +1,85 @@
+"""refusalscope shows why a chat model refuses, with sparse autoencoders on its residual stream.
+
+Public names are imported on first use (PEP 562), so that `import refusalscope` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refusalscope.core.store import Store
+    from refusalscope.core.types import (
+        Attribution,
+        Direction,
+        Feature,
+        FeatureSet,
+        Finding,
+        Prompt,
+        Prompts,
+        Response,
+        Responses,
+        Row,
+        SaeSlice,
+    )
+    from refusalscope.inputs.chat import ChatModel
+    from refusalscope.inputs.saes import SaeBank
+    from refusalscope.mechanism.attribution import attribute
+    from refusalscope.mechanism.direction import find
+    from refusalscope.mechanism.interventions import AddDirection, RemoveDirection, ScaleFeatures, editor
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Store": "core.store",
+    "Attribution": "core.types",
+    "Direction": "core.types",
+    "Feature": "core.types",
+    "FeatureSet": "core.types",
+    "Finding": "core.types",
+    "Prompt": "core.types",
+    "Prompts": "core.types",
+    "Response": "core.types",
+    "Responses": "core.types",
+    "Row": "core.types",
+    "SaeSlice": "core.types",
+    "ChatModel": "inputs.chat",
+    "SaeBank": "inputs.saes",
+    "attribute": "mechanism.attribution",
+    "find": "mechanism.direction",
+    "AddDirection": "mechanism.interventions",
+    "RemoveDirection": "mechanism.interventions",
+    "ScaleFeatures": "mechanism.interventions",
+    "editor": "mechanism.interventions",
+}
+__all__ = [
+    "AddDirection",
+    "Attribution",
+    "ChatModel",
+    "Direction",
+    "Feature",
+    "FeatureSet",
+    "Finding",
+    "Prompt",
+    "Prompts",
+    "RemoveDirection",
+    "Response",
+    "Responses",
+    "Row",
+    "SaeBank",
+    "SaeSlice",
+    "ScaleFeatures",
+    "Store",
+    "attribute",
+    "editor",
+    "find",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

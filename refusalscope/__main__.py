@@ -1,0 +1,5 @@
+"""`python -m refusalscope` is the command line."""
+
+from refusalscope.cli import main
+
+main()

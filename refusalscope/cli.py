@@ -1,0 +1,228 @@
+"""The command line: options in, the chain run, one clear line out. No mathematics; the only place that prints.
+
+Stages are imported inside the commands, so that `--help` answers at once.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from refusalscope.pipeline.job import Job
+
+app = typer.Typer(help="Show why a chat model refuses, with sparse autoencoders.", no_args_is_help=True)
+data_app = typer.Typer(help="Prompt collections.", no_args_is_help=True)
+testbed_app = typer.Typer(help="The embedded model.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(testbed_app, name="testbed")
+
+Model = Annotated[str, typer.Argument(help="A preset (see `refusalscope models`) or the folder of a checkpoint.")]
+Name = Annotated[str | None, typer.Option(help="Name of the run folder below --runs; the model's name by default.")]
+Runs = Annotated[Path, typer.Option(help="Where run folders lie.")]
+Config = Annotated[Path | None, typer.Option(help="Options from a TOML file; the command line wins.")]
+Saes = Annotated[str | None, typer.Option(help="SAE folders in SAELens's format, {layer} for the layer's number.")]
+PromptFile = Annotated[
+    Path | None, typer.Option(help="A CSV, JSONL or JSON file of prompts, or the refusal_direction folder.")
+]
+Columns = Annotated[str | None, typer.Option(help="Your file's columns: text=NAME,label=NAME,category=NAME.")]
+Label = Annotated[str | None, typer.Option(help="Label of a file without a label column: harmful or harmless.")]
+Limit = Annotated[int | None, typer.Option(help="Prompts per evaluation set: 150 of the testbed, 100 of others.")]
+Full = Annotated[bool | None, typer.Option("--full", help="The testbed's whole grid; more sets, sizes and draws.")]
+SetSize = Annotated[int | None, typer.Option("--k", help="Features per set, K*. [default: 20]")]
+Draws = Annotated[int | None, typer.Option(help="Random control sets. [default: 3, under --full 10]")]
+Factor = Annotated[list[float] | None, typer.Option(help="Scaling factors to try on validation prompts; repeatable.")]
+Token = Annotated[list[str] | None, typer.Option(help="Refusal token, instead of finding it; repeatable.")]
+BestLayer = Annotated[int | None, typer.Option(help="Layer of the direction, instead of choosing it.")]
+KeepUnrefused = Annotated[bool | None, typer.Option("--keep-unrefused", help="Fit on prompts answered against label.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Where answers are cut off. [default: 256; the testbed 64]")]
+BatchSize = Annotated[int | None, typer.Option(help="Prompts per batch, instead of choosing it from memory.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps. [default: auto]")]
+Seed = Annotated[int | None, typer.Option(help="Seed of random sets and resamples. [default: 0]")]
+
+
+def run_chain(job: "Job") -> str:
+    """The whole job: each line one arrow. Returns the page's path in the run folder."""
+    from refusalscope.pipeline import fit, measure
+
+    fitted = fit.fit(job)
+    chosen = fit.choose_features(job, fitted)
+    finding = measure.run_benchmark(job, fitted, chosen)
+    measure.run_health(job, fitted)
+    measure.describe_run(job, fitted, finding)
+    return measure.write_report(job.store)
+
+
+def features_chain(job: "Job") -> str:
+    """The first half: a direction and feature sets."""
+    from refusalscope.pipeline import fit
+
+    fit.choose_features(job, fit.fit(job))
+    return "features/table.json"
+
+
+def benchmark_chain(job: "Job") -> str:
+    """As `run`, without the health of the SAEs and the page."""
+    from refusalscope.pipeline import fit, measure
+
+    fitted = fit.fit(job)
+    finding = measure.run_benchmark(job, fitted, fit.choose_features(job, fitted))
+    measure.describe_run(job, fitted, finding)
+    return "findings/benchmark.json"
+
+
+def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
+    """A command that drives one chain; all chains take the same options and share run folders."""
+
+    def command(
+        model: Model = "testbed",
+        name: Name = None,
+        runs: Runs = Path("runs"),
+        config: Config = None,
+        saes: Saes = None,
+        prompts: PromptFile = None,
+        columns: Columns = None,
+        label: Label = None,
+        limit: Limit = None,
+        full: Full = None,
+        k: SetSize = None,
+        draws: Draws = None,
+        factors: Factor = None,
+        refusal_token: Token = None,
+        best_layer: BestLayer = None,
+        keep_unrefused: KeepUnrefused = None,
+        max_new_tokens: MaxNewTokens = None,
+        batch_size: BatchSize = None,
+        device: Device = None,
+        seed: Seed = None,
+    ) -> None:
+        values = {key: value for key, value in locals().items() if key in OPTION_NAMES and value is not None}
+        with one_clear_line(), progress_bar() as progress:
+            drive(chain, {**values, "model": model}, folder=(name, runs), config=config, progress=progress)
+
+    app.command(verb, help=text)(command)
+
+
+OPTION_NAMES = frozenset(
+    (
+        *("saes", "prompts", "columns", "label", "limit", "full", "k", "draws", "factors", "refusal_token"),
+        *("best_layer", "keep_unrefused", "max_new_tokens", "batch_size", "device", "seed"),
+    )
+)
+add_verb("run", run_chain, "Find the features behind refusal, edit them, measure what changes, write the report.")
+add_verb("features", features_chain, "Only find the direction and the feature sets.")
+add_verb("benchmark", benchmark_chain, "As run, without the report.")
+
+
+def drive(
+    chain: "Callable[[Job], str]",
+    values: dict[str, Any],
+    *,
+    folder: tuple[str | None, Path],
+    config: Path | None,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Make the options and the job, run the chain, print where its result lies."""
+    from refusalscope.pipeline import options
+    from refusalscope.pipeline.job import Job
+
+    if "columns" in values:
+        values["columns"] = parse_columns(values["columns"])
+    made = options.make(values, config)
+    name, runs = folder
+    job = Job(made, runs / (name or Path(made.model).name), progress)
+    path = chain(job)
+    job.finish()
+    print(job.store.root / path)
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """`text=question,label=class` as a mapping. Raises ValueError for anything else."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(key and own for key, _, own in pairs):
+        raise ValueError(f"--columns {text!r}: write text=NAME,label=NAME,category=NAME")
+    return {key.strip(): own.strip() for key, _, own in pairs}
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write the report of a run folder anew; needs no model."""
+    with one_clear_line():
+        from refusalscope.core.store import Store
+        from refusalscope.pipeline import measure
+
+        store = Store(run)
+        print(run / measure.write_report(store))
+
+
+@app.command()
+def models() -> None:
+    """List the models that have a preset."""
+    with one_clear_line():
+        from refusalscope.inputs import presets
+
+        for name, preset in presets.presets().items():
+            print(f"{name:16}{preset['description']}")
+
+
+@data_app.command()
+def fetch(
+    folder: Annotated[Path, typer.Argument(help="Where to put it.")] = Path("data/refusal_direction"),
+    collection: Annotated[str, typer.Option(help="Which collection.")] = "refusal_direction",
+    url: Annotated[str | None, typer.Option(help="A mirror of its files.")] = None,
+) -> None:
+    """Download a prompt collection at its pinned commit, every file checked."""
+    with one_clear_line(), progress_bar() as progress:
+        from refusalscope.inputs import fetch as fetching
+
+        fetching.fetch(collection, folder, url=url, progress=progress)
+        print(folder)
+
+
+@testbed_app.command()
+def build(
+    folder: Annotated[Path, typer.Argument(help="Where to put model, SAEs and checksums.")],
+    seed: Annotated[int, typer.Option(help="Seed of weights, text and SAEs.")] = 0,
+) -> None:
+    """Train the embedded model and its SAEs from nothing; a build that was stopped goes on where it was."""
+    with one_clear_line(), progress_bar() as progress:
+        from refusalscope.testbed import build as building
+
+        building.build(folder, seed=seed, progress=progress)
+        print(folder)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error: what is being done, how far it is."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+@contextmanager
+def one_clear_line() -> Iterator[None]:
+    """Bad input ends with one line and exit code 2; Ctrl-C leaves what is done and says how to go on."""
+    try:
+        yield
+    except ValueError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise typer.Exit(2) from error
+    except OSError as error:
+        print(f"error: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        print("stopped: what is done is kept; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from error
+
+
+def main() -> None:
+    """Entry point of the `refusalscope` script."""
+    app()

@@ -1,0 +1,170 @@
+"""Numbers that carry their doubt: intervals for rates, means and paired differences. Pure, NaN-aware.
+
+NaN means unscored: it lowers coverage and never enters an estimate as 0. Prompts of one cluster (shared intent)
+count as one draw.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Z95 = 1.959963984540054
+
+
+class Estimate(NamedTuple):
+    """A number, its 95 % interval, how many values it rests on, and the share of values that were scored."""
+
+    n: int
+    estimate: float | None
+    low: float | None
+    high: float | None
+    coverage: float
+
+
+def wilson(successes: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % score interval for a proportion (Wilson 1927). `n` may be an effective sample size."""
+    if n <= 0:
+        raise ValueError(f"a proportion needs n > 0, got {n}")
+    share = successes / n
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rate(values: Sequence[float], clusters: Sequence[str] | None = None) -> Estimate:
+    """Share of ones among 0/1 values, with Wilson's interval.
+
+    Clusters shrink n to an effective sample size by the design effect of the cluster totals (Dean and Pagano 2015);
+    a rate of 0 or 1 shows no variance to estimate it from, and takes the number of clusters.
+    """
+    kept, names = _scored(values, clusters)
+    if not len(kept):
+        return Estimate(0, None, None, None, 0.0)
+    share = float(kept.mean())
+    low, high = wilson(share * (effective := _effective_n(kept, names)), effective)
+    return Estimate(len(kept), share, low, high, len(kept) / len(values))
+
+
+def mean(
+    values: Sequence[float],
+    clusters: Sequence[str] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> Estimate:
+    """Weighted mean with a BCa bootstrap interval (Efron 1987) that resamples whole clusters.
+
+    `weights` are token counts when the values are per-token means, so that long answers count for more.
+    """
+    kept, names = _scored(values, clusters)
+    if not len(kept):
+        return Estimate(0, None, None, None, 0.0)
+    mass = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
+    mass = mass[~np.isnan(np.asarray(values, dtype=float))]
+    totals, masses = _by_cluster(kept * mass, names), _by_cluster(mass, names)
+    point = float(totals.sum() / masses.sum())
+    low, high = _bca(totals, masses, point, np.random.default_rng(seed), resamples)
+    return Estimate(len(kept), point, low, high, len(kept) / len(values))
+
+
+def paired_difference(after: Sequence[float], before: Sequence[float]) -> Estimate:
+    """Difference of two paired rates, `after - before`, with Newcombe's score interval (Newcombe 1998, method 10).
+
+    Values are 0, 1 or NaN; a pair with a NaN on either side is left out and lowers coverage.
+    """
+    if len(after) != len(before):
+        raise ValueError(f"pairs need equal lengths, got {len(after)} and {len(before)}")
+    both = [(a, b) for a, b in zip(after, before, strict=True) if not (math.isnan(a) or math.isnan(b))]
+    n = len(both)
+    if n == 0:
+        return Estimate(0, None, None, None, 0.0)
+    yes_yes = sum(1 for a, b in both if a and b)
+    yes_no = sum(1 for a, b in both if a and not b)
+    no_yes = sum(1 for a, b in both if b and not a)
+    first, second = (yes_yes + yes_no) / n, (yes_yes + no_yes) / n
+    low, high = _newcombe(first, second, n, _phi(yes_yes, yes_no, no_yes, n - yes_yes - yes_no - no_yes))
+    return Estimate(n, first - second, low, high, n / len(after))
+
+
+def mcnemar(after: Sequence[float], before: Sequence[float]) -> float:
+    """Two-sided exact McNemar p-value: are the discordant pairs a fair coin? NaN pairs are left out."""
+    gained = sum(1 for a, b in zip(after, before, strict=True) if a == 1 and b == 0)
+    lost = sum(1 for a, b in zip(after, before, strict=True) if a == 0 and b == 1)
+    n, few = gained + lost, min(gained, lost)
+    tail = sum(math.comb(n, k) for k in range(few + 1)) / 2**n if n else 1.0
+    return min(1.0, 2 * tail)
+
+
+def _scored(values: Sequence[float], clusters: Sequence[str] | None) -> tuple[NDArray[np.float64], list[str]]:
+    if clusters is not None and len(clusters) != len(values):
+        raise ValueError(f"{len(values)} values but {len(clusters)} clusters")
+    names = [str(i) for i in range(len(values))] if clusters is None else list(clusters)
+    array = np.asarray(values, dtype=float)
+    scored = ~np.isnan(array)
+    return array[scored], [name for name, keep in zip(names, scored, strict=True) if keep]
+
+
+def _by_cluster(values: NDArray[np.float64], names: Sequence[str]) -> NDArray[np.float64]:
+    _, index = np.unique(np.asarray(names), return_inverse=True)
+    return np.bincount(index, weights=values).astype(np.float64)
+
+
+def _effective_n(values: NDArray[np.float64], names: Sequence[str]) -> float:
+    n, share = len(values), float(values.mean())
+    clusters = len(set(names))
+    if clusters == n:
+        return n
+    if share in (0.0, 1.0) or clusters == 1:
+        return clusters
+    residual = _by_cluster(values - share, names)
+    variance = clusters / (clusters - 1) * float((residual**2).sum()) / n**2
+    design_effect = max(1.0, variance / (share * (1 - share) / n))
+    return n / design_effect
+
+
+def _bca(
+    totals: NDArray[np.float64], masses: NDArray[np.float64], point: float, rng: np.random.Generator, resamples: int
+) -> tuple[float, float]:
+    count = len(totals)
+    if count == 1 or np.ptp(totals / masses) == 0:
+        return point, point
+    draws = rng.integers(count, size=(resamples, count))
+    replicates = totals[draws].sum(1) / masses[draws].sum(1)
+    left_out = (totals.sum() - totals) / (masses.sum() - masses)
+    spread = left_out.mean() - left_out
+    skew = float((spread**3).sum() / (6 * max((spread**2).sum() ** 1.5, 1e-300)))
+    below = (np.sum(replicates < point) + 0.5 * np.sum(replicates == point)) / resamples
+    bias = _normal_quantile(min(max(below, 1 / resamples), 1 - 1 / resamples))
+    ends = [bias + (bias + z) / (1 - skew * (bias + z)) for z in (-Z95, Z95)]
+    shares = [0.5 * (1 + math.erf(end / math.sqrt(2))) for end in ends]
+    low, high = np.quantile(replicates, shares)
+    return float(low), float(high)
+
+
+def _normal_quantile(share: float) -> float:
+    from statistics import NormalDist
+
+    return NormalDist().inv_cdf(share)
+
+
+def _phi(yes_yes: int, yes_no: int, no_yes: int, no_no: int) -> float:
+    """Correlation of the pairs, with Newcombe's continuity correction when it is positive."""
+    n = yes_yes + yes_no + no_yes + no_no
+    margins = (yes_yes + yes_no) * (no_yes + no_no) * (yes_yes + no_yes) * (yes_no + no_no)
+    if margins == 0:
+        return 0.0
+    cross = yes_yes * no_no - yes_no * no_yes
+    corrected = max(cross - n / 2, 0.0) if cross > 0 else float(cross)
+    return corrected / math.sqrt(margins)
+
+
+def _newcombe(first: float, second: float, n: int, phi: float) -> tuple[float, float]:
+    (low1, high1), (low2, high2) = wilson(first * n, n), wilson(second * n, n)
+    down1, up1, down2, up2 = first - low1, high1 - first, second - low2, high2 - second
+    below = math.sqrt(max(0.0, down1**2 - 2 * phi * down1 * up2 + up2**2))
+    above = math.sqrt(max(0.0, up1**2 - 2 * phi * up1 * down2 + down2**2))
+    return first - second - below, first - second + above

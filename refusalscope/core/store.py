@@ -1,0 +1,245 @@
+"""The only reader and writer of results: one folder a run, every artifact keyed by what made it.
+
+Safetensors for arrays, JSON and JSONL for the rest, all written atomically. `manifest.json` maps each artifact to its
+key (a fingerprint of inputs and options) and checksum: an artifact whose key stands there with its bytes intact is not
+made again, so a run that was killed at any moment resumes where it stopped.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from refusalscope.core.types import (
+    Attribution,
+    Direction,
+    Feature,
+    FeatureSet,
+    Finding,
+    LayerScores,
+    Prompt,
+    Prompts,
+    Response,
+    Responses,
+    Row,
+    SaeSlice,
+)
+
+T = TypeVar("T")
+Codec = tuple[Callable[[Any], bytes], Callable[[bytes], Any]]
+MANIFEST = "manifest.json"
+
+
+class Store:
+    """A run folder. `get` makes an artifact once and afterwards reads it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.made: list[str] = []
+        """Paths written by this process, in order; empty after a full resume."""
+
+    def has(self, path: str, key: str) -> bool:
+        """Whether `path` was made under `key` and still has the bytes it was written with."""
+        entry = self._manifest().get(path)
+        file = self.root / path
+        return (
+            entry is not None
+            and entry["key"] == key
+            and file.is_file()
+            and hashlib.sha256(file.read_bytes()).hexdigest() == entry["sha256"]
+        )
+
+    def get(self, path: str, key: str, kind: type[T], make: Callable[[], T]) -> T:
+        """The artifact at `path`: read where it stands under `key`, otherwise made, written and returned."""
+        if not self.has(path, key):
+            self.put(path, key, make())
+        return self.read(path, kind)
+
+    def put(self, path: str, key: str, value: Any) -> None:
+        """Write `value` (a noun, bytes, text or plain JSON data) at `path`, then its key into the manifest."""
+        content = CODECS[type(value)][0](value)
+        write_atomically(self.root / path, content)
+        entry = {"key": key, "sha256": hashlib.sha256(content).hexdigest()}
+        manifest = {**self._manifest(), path: entry}
+        write_atomically(self.root / MANIFEST, to_json(manifest))
+        self.made.append(path)
+
+    def read(self, path: str, kind: type[T]) -> T:
+        """Read an artifact. Raises ValueError naming the file when it is missing or does not parse as `kind`."""
+        file = self.root / path
+        try:
+            return CODECS[kind][1](file.read_bytes())
+        except FileNotFoundError as error:
+            raise ValueError(f"{file} is missing: is {self.root} a finished run?") from error
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read as {kind.__name__}: {error}") from error
+
+    def paths(self, folder: str, suffix: str) -> list[str]:
+        """Artifacts of the manifest below `folder` whose name ends in `suffix`, sorted."""
+        return sorted(p for p in self._manifest() if p.startswith(f"{folder}/") and p.endswith(suffix))
+
+    def _manifest(self) -> dict[str, dict[str, str]]:
+        file = self.root / MANIFEST
+        return json.loads(file.read_bytes()) if file.is_file() else {}
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write beside the target, flush to disk, rename over it: a reader sees the old bytes or the new, never a part."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def to_json(value: Any) -> bytes:
+    """Sorted, indented JSON; NaN is written as null, so that any JSON reader takes it."""
+    return (json.dumps(_plain(value), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value != value:
+        return None
+    return value
+
+
+def _to_jsonl(head: Mapping[str, Any], rows: Iterable[Any]) -> bytes:
+    lines = [head, *(asdict(row) for row in rows)]
+    dumped = (json.dumps(_plain(line), sort_keys=True, ensure_ascii=False, allow_nan=False) for line in lines)
+    return "".join(line + "\n" for line in dumped).encode()
+
+
+def _from_jsonl(content: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    # Only \n ends a line: str.splitlines would also split at U+2028 inside a prompt.
+    head, *rows = (json.loads(line) for line in content.decode().split("\n") if line)
+    return head, rows
+
+
+def _write_prompts(value: Prompts) -> bytes:
+    return _to_jsonl({"data_set": value.name}, value.rows)
+
+
+def _read_prompts(content: bytes) -> Prompts:
+    head, rows = _from_jsonl(content)
+    return Prompts(head["data_set"], tuple(Prompt(**row) for row in rows))
+
+
+def _write_responses(value: Responses) -> bytes:
+    head = {"dataset": value.dataset, "method": value.method, "setting": value.setting, "changed": value.changed}
+    return _to_jsonl(head, value.rows)
+
+
+def _read_responses(content: bytes) -> Responses:
+    head, rows = _from_jsonl(content)
+    return Responses(rows=tuple(_response(row) for row in rows), **head)
+
+
+def _response(row: dict[str, Any]) -> Response:
+    scores = {judge: float("nan") if score is None else score for judge, score in row.pop("scores").items()}
+    return Response(scores=scores, **row)
+
+
+def write_tensors(value: Any) -> bytes:
+    """Safetensors bytes of a dataclass: tensors as such, everything else as JSON under the one metadata key."""
+    parts = {item.name: getattr(value, item.name) for item in fields(value)}
+    tensors = {name: part.contiguous() for name, part in sorted(parts.items()) if isinstance(part, Tensor)}
+    rest = {name: _data(part) for name, part in parts.items() if not isinstance(part, Tensor)}
+    # One key only: safetensors does not keep metadata keys in a fixed order.
+    return save_tensors(tensors, metadata={"refusalscope": to_json(rest).decode()})
+
+
+def _data(part: Any) -> Any:
+    if isinstance(part, tuple) and part and isinstance(part[0], LayerScores):
+        return [asdict(item) for item in part]
+    return part
+
+
+def _read_tensors(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    return load_tensors(content), json.loads(header["__metadata__"]["refusalscope"])
+
+
+def _read_direction(content: bytes) -> Direction:
+    tensors, rest = _read_tensors(content)
+    scores = tuple(LayerScores(**row) for row in rest.pop("scores"))
+    lists = {name: tuple(rest.pop(name)) for name in ("refusal_tokens", "caveats")}
+    return Direction(scores=scores, **lists, **tensors, **rest)
+
+
+def _read_attribution(content: bytes) -> Attribution:
+    tensors, rest = _read_tensors(content)
+    return Attribution(prompt_ids=tuple(rest["prompt_ids"]), dropped=tuple(rest["dropped"]), **tensors)
+
+
+def _read_slice(content: bytes) -> SaeSlice:
+    tensors, rest = _read_tensors(content)
+    return SaeSlice(layer=rest["layer"], **tensors)
+
+
+def _write_features(value: FeatureSet) -> bytes:
+    rows = [
+        {"layer": feature.layer, "index": feature.index, "score": score}
+        for feature, score in zip(value.features, value.scores, strict=True)
+    ]
+    return to_json({"method": value.method, "parent": value.parent, "features": rows})
+
+
+def _read_features(content: bytes) -> FeatureSet:
+    data = json.loads(content)
+    features = tuple(Feature(row["layer"], row["index"]) for row in data["features"])
+    return FeatureSet(data["method"], features, tuple(row["score"] for row in data["features"]), data["parent"])
+
+
+FINDING_KEYS = {"study", "question", "rows", "caveats", "provenance"}
+
+
+def _write_finding(value: Finding) -> bytes:
+    return to_json({**asdict(value), "rows": [asdict(row) for row in value.rows]})
+
+
+def _read_finding(content: bytes) -> Finding:
+    """Parse and validate `findings/<study>.json`: exact keys, exact row keys, numbers that fit their n."""
+    data = json.loads(content)
+    if not isinstance(data, dict) or set(data) != FINDING_KEYS:
+        raise ValueError(f"a finding has the keys {sorted(FINDING_KEYS)}")
+    columns = {item.name for item in fields(Row)}
+    for number, row in enumerate(data["rows"]):
+        if not isinstance(row, dict) or set(row) != columns:
+            raise ValueError(f"row {number} must have the keys {sorted(columns)}")
+    rows = tuple(Row(**row) for row in data["rows"])
+    return Finding(data["study"], data["question"], rows, tuple(data["caveats"]), data["provenance"])
+
+
+CODECS: dict[type, Codec] = {
+    Prompts: (_write_prompts, _read_prompts),
+    Responses: (_write_responses, _read_responses),
+    Direction: (write_tensors, _read_direction),
+    Attribution: (write_tensors, _read_attribution),
+    SaeSlice: (write_tensors, _read_slice),
+    FeatureSet: (_write_features, _read_features),
+    Finding: (_write_finding, _read_finding),
+    dict: (to_json, json.loads),
+    str: (str.encode, bytes.decode),
+    bytes: (bytes, bytes),
+}

@@ -1,0 +1,343 @@
+"""The nouns that flow between stages: plain data on the CPU, frozen, hashable by content.
+
+No weights, no models, no files. A stage takes nouns and machines and returns nouns; the store writes them down.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, overload
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Label = Literal["harmful", "harmless", "look-alike"]
+NaN = float("nan")
+
+
+def fingerprint(*values: Any) -> str:
+    """Sixteen hexadecimal digits of SHA-256 over the content of `values`.
+
+    Accepts nested dataclasses, mappings (order ignored), sequences, tensors, strings, numbers and None.
+    Raises TypeError for anything else, rather than hashing an address.
+    """
+    digest = hashlib.sha256()
+    for value in values:
+        _feed(digest, value)
+    return digest.hexdigest()[:16]
+
+
+def _feed(digest: "hashlib._Hash", value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif is_dataclass(value) and not isinstance(value, type):
+        digest.update(f"{type(value).__name__}(".encode())
+        for item in fields(value):
+            digest.update(f"{item.name}=".encode())
+            _feed(digest, getattr(value, item.name))
+    elif isinstance(value, Mapping):
+        digest.update(f"map {len(value)};".encode())
+        for key in sorted(value, key=str):
+            _feed(digest, key)
+            _feed(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"list {len(value)};".encode())
+        for item in value:
+            _feed(digest, item)
+    elif value is None or isinstance(value, (str, int, float, bool)):
+        digest.update(f"{type(value).__name__} {json.dumps(value)};".encode())
+    else:
+        raise TypeError(f"cannot fingerprint a {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user message and what is known about it."""
+
+    id: str
+    """Unique within its data set."""
+    text: str
+    label: Label
+    category: str | None = None
+    source: str = ""
+    """`name@revision` of where the text comes from."""
+    cluster: str = ""
+    """Prompts that share an intent share a cluster; intervals treat them as one draw. Empty: its own id."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What the source knows beyond that (for the testbed: template, wrapper, plain form)."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """An ordered set of prompts with distinct ids, under the data set name that findings use."""
+
+    name: str
+    rows: tuple[Prompt, ...]
+
+    def __post_init__(self) -> None:
+        if len({row.id for row in self.rows}) != len(self.rows):
+            raise ValueError(f"data set {self.name!r}: prompt ids are not distinct")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Prompts": ...
+    def __getitem__(self, index: int | slice) -> "Prompt | Prompts":
+        return replace(self, rows=self.rows[index]) if isinstance(index, slice) else self.rows[index]
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(row.id for row in self.rows)
+
+    @property
+    def clusters(self) -> tuple[str, ...]:
+        """One cluster name per prompt."""
+        return tuple(row.cluster or row.id for row in self.rows)
+
+    def keep(self, ids: Iterable[str]) -> "Prompts":
+        """The prompts with these ids, in this data set's order."""
+        wanted = set(ids)
+        return replace(self, rows=tuple(row for row in self.rows if row.id in wanted))
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """How one layer's direction did on the validation split (method: Arditi et al. 2024, section 2.3)."""
+
+    layer: int
+    kl: float
+    """Mean KL in nats of the next-token distribution on harmless prompts when the direction is removed."""
+    removed: float
+    """Mean refusal score (log-odds of a refusal token first) on harmful prompts when it is removed."""
+    added: float
+    """Mean refusal score on harmless prompts when it is added at this layer."""
+    kl_affine: float
+    removed_affine: float
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The refusal direction: difference of mean residuals at the last prompt position of one layer."""
+
+    vector: Float[Tensor, "d_model"]
+    """Difference of means at `layer`, in residual units."""
+    layer: int
+    offsets: Float[Tensor, "layers"]
+    """Harmless prompts' mean projection on the unit vector after each decoder layer (for affine removal)."""
+    refusal_tokens: tuple[int, ...]
+    scores: tuple[LayerScores, ...]
+    counts: Mapping[str, int]
+    """Prompts used and dropped by the filter, per class and split."""
+    caveats: tuple[str, ...] = ()
+
+    @property
+    def unit(self) -> Float[Tensor, "d_model"]:
+        return self.vector / self.vector.norm()
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Sparse feature attributions of the refusal metric: one entry per prompt, layer, position and feature.
+
+    Positions count from the end of the prompt: -1 is the last one, so they do not depend on padding.
+    """
+
+    prompt_ids: tuple[str, ...]
+    prompt: Int[Tensor, "entry"]
+    layer: Int[Tensor, "entry"]
+    position: Int[Tensor, "entry"]
+    feature: Int[Tensor, "entry"]
+    value: Float[Tensor, "entry"]
+    """Attribution in units of the metric (logits)."""
+    scored: Int[Tensor, "prompt"]
+    """Instruction and closing tokens per prompt: the positions a feature's score is averaged over."""
+    error: Float[Tensor, "prompt layer"]
+    """The SAE error term's own score, summed over positions; NaN where only candidates were attributed."""
+    metric_clean: Float[Tensor, "prompt"]
+    metric_patched: Float[Tensor, "prompt"]
+    dropped: tuple[str, ...] = ()
+    """Ids of prompts whose first token stays a refusal token when the direction is removed."""
+
+    @property
+    def gap(self) -> Float[Tensor, "prompt"]:
+        """Metric of the patched run minus that of the clean run."""
+        return self.metric_patched - self.metric_clean
+
+
+@dataclass(frozen=True, order=True)
+class Feature:
+    """One SAE feature."""
+
+    layer: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}/{self.index}"
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features in order of rank, with the score that ranked them."""
+
+    method: str
+    features: tuple[Feature, ...]
+    scores: tuple[float, ...]
+    parent: str = ""
+    """Fingerprint of what the set was chosen from."""
+
+    def __post_init__(self) -> None:
+        if len(self.features) != len(self.scores):
+            raise ValueError(f"{self.method}: {len(self.features)} features but {len(self.scores)} scores")
+        if len(set(self.features)) != len(self.features):
+            raise ValueError(f"{self.method}: a feature occurs twice")
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def top(self, k: int) -> "FeatureSet":
+        return replace(self, features=self.features[:k], scores=self.scores[:k])
+
+    def by_layer(self) -> dict[int, list[int]]:
+        """Layer -> feature indices, layers ascending, indices in order of rank."""
+        layers: dict[int, list[int]] = {}
+        for feature in self.features:
+            layers.setdefault(feature.layer, []).append(feature.index)
+        return dict(sorted(layers.items()))
+
+    def _filtered(self, keep: Iterable[Feature], name: str) -> "FeatureSet":
+        wanted = set(keep)
+        pairs = [(f, s) for f, s in zip(self.features, self.scores, strict=True) if f in wanted]
+        return replace(self, method=name, features=tuple(f for f, _ in pairs), scores=tuple(s for _, s in pairs))
+
+    def __and__(self, other: "FeatureSet") -> "FeatureSet":
+        return self._filtered(set(self.features) & set(other.features), f"{self.method} & {other.method}")
+
+    def __sub__(self, other: "FeatureSet") -> "FeatureSet":
+        return self._filtered(set(self.features) - set(other.features), f"{self.method} - {other.method}")
+
+
+@dataclass(frozen=True)
+class SaeSlice:
+    """The encoder columns and decoder rows of K features of one layer: all that an edit needs, float32."""
+
+    layer: int
+    features: Int[Tensor, "k"]
+    encoder: Float[Tensor, "d_model k"]
+    bias: Float[Tensor, "k"]
+    """Encoder bias with any subtraction of the decoder bias folded in."""
+    threshold: Float[Tensor, "k"]
+    """JumpReLU threshold (0 for ReLU)."""
+    decoder: Float[Tensor, "k d_model"]
+
+    def encode(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch k"]:
+        """Feature activations in residual units: JumpReLU of the K pre-activations (Rajamanoharan et al. 2024)."""
+        before = residual.float() @ self.encoder + self.bias
+        return before.relu() * (before > self.threshold)
+
+    def take(self, wanted: Sequence[int]) -> "SaeSlice":
+        """The part of the slice that holds these feature indices. Raises ValueError when one is not in it."""
+        held = self.features.tolist()
+        if missing := sorted(set(wanted) - set(held)):
+            raise ValueError(f"the slice of layer {self.layer} does not hold features {missing}")
+        at = torch.tensor([held.index(feature) for feature in wanted], dtype=torch.long)
+        return SaeSlice(
+            self.layer, self.features[at], self.encoder[:, at], self.bias[at], self.threshold[at], self.decoder[at]
+        )
+
+    def to(self, device: torch.device) -> "SaeSlice":
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "layer"}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the model answered to one prompt, and what each judge said of it."""
+
+    prompt_id: str
+    text: str
+    first_token: int | None
+    """The first token generated; None when the answer was empty."""
+    tokens: int
+    """Tokens generated, end of turn included."""
+    finish: Literal["end", "length"]
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Judge -> score; NaN is unscored."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Judge -> why it gave that score, or why it gave none."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """One data set answered under one method and setting, in prompt order."""
+
+    dataset: str
+    method: str
+    setting: str
+    rows: tuple[Response, ...]
+    changed: int = 0
+    """Token positions (padding excluded) whose residual the edit really changed, summed over layers."""
+
+    def score(self, judge: str) -> list[float]:
+        return [row.scores.get(judge, NaN) for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number with its doubt. At n = 0 the numbers are None."""
+
+    dataset: str
+    method: str
+    metric: str
+    setting: str
+    n: int
+    estimate: float | None
+    low: float | None
+    high: float | None
+    coverage: float
+    """Share of the prompts that the judge scored."""
+
+    def __post_init__(self) -> None:
+        numbers = (self.estimate, self.low, self.high)
+        if (self.n == 0) != all(number is None for number in numbers) or (self.n > 0 and None in numbers):
+            raise ValueError(f"{self.key()}: n = {self.n} does not fit estimate, low, high = {numbers}")
+        if any(number is not None and not math.isfinite(number) for number in numbers):
+            raise ValueError(f"{self.key()}: estimate, low and high must be finite, got {numbers}")
+        if not 0 <= self.coverage <= 1:
+            raise ValueError(f"{self.key()}: coverage {self.coverage} is outside 0..1")
+
+    def key(self) -> str:
+        return f"{self.dataset}/{self.method}/{self.metric}/{self.setting}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one study found: the question, the rows, what to beware of, and what it was made from."""
+
+    study: str
+    question: str
+    rows: tuple[Row, ...]
+    caveats: tuple[str, ...]
+    provenance: Mapping[str, Any]
+
+    def find(self, dataset: str, method: str, metric: str, setting: str | None = None) -> Row | None:
+        """The first row that fits, or None."""
+        for row in self.rows:
+            if (row.dataset, row.method, row.metric) == (dataset, method, metric) and setting in (None, row.setting):
+                return row
+        return None
+
+
+def ordered_features(pairs: Sequence[tuple[Feature, float]], k: int) -> tuple[tuple[Feature, ...], tuple[float, ...]]:
+    """The `k` best-scored features, ties by (layer, index)."""
+    best = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:k]
+    return tuple(feature for feature, _ in best), tuple(score for _, score in best)

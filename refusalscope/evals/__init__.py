@@ -1,0 +1,1 @@
+"""What an answer is worth: judges of refusal and coherence, and what an edit costs."""

@@ -1,0 +1,182 @@
+"""What an edit costs: cross-entropy and KL on the model's own harmless answers, and what the SAEs lose by themselves.
+
+All three forward passes of a comparison see the same tokens; logits are computed at answer positions alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+from refusalscope.core.types import Prompts, Response, SaeSlice
+from refusalscope.inputs.chat import Batch, ChatModel, Edit, Edits, Tokens
+from refusalscope.inputs.saes import LayerSae, SaeBank
+from refusalscope.inputs.template import Role
+from refusalscope.mechanism.interventions import Intervention, editor
+
+Progress = Callable[[str, int, int], None]
+
+
+class Cost(NamedTuple):
+    """Per prompt, means over the tokens of its answer; nats per token."""
+
+    tokens: list[int]
+    cross_entropy_change: list[float]
+    kl: list[float]
+    """KL(unedited || edited) of the next-token distribution."""
+
+
+class LayerHealth(NamedTuple):
+    """How well one SAE carries the model's chats, chat by chat (method 6.6); weighted means give the totals."""
+
+    layer: int
+    variance_explained: list[float]
+    """1 - squared error / variance about the token mean of all chats, BOS excluded."""
+    variance: list[float]
+    """Its weights: squared deviation from the token mean."""
+    cross_entropy_recovered: list[float]
+    """(zero - sae) / (zero - clean); zero = residual set to 0 at the spliced positions, BOS untouched in all three."""
+    cross_entropy_gap: list[float]
+    """Its weights: zero - clean, nats summed over answer tokens."""
+    l0: list[float]
+    """Mean number of active features per token."""
+    tokens: list[int]
+    """Its weights."""
+
+
+def cost(
+    model: ChatModel,
+    prompts: Prompts,
+    answers: Mapping[str, Response],
+    intervention: Intervention | None,
+    *,
+    slices: Mapping[int, SaeSlice] | None = None,
+    batch_size: int,
+) -> Cost:
+    """Cost of an intervention on answers the unedited model gave (`answers`, by prompt id).
+
+    Prompts with an empty answer are left out, so the lists may be shorter than `prompts`.
+    """
+    made = Cost([], [], [])
+    edits = editor(intervention, layers=len(model.layers), slices=slices).edits
+    for tokens in _answered(model, prompts, answers, batch_size=batch_size):
+        scored, targets, width = _targets(tokens)
+        before = model.run(tokens, logits=width).logits.log_softmax(-1)
+        after = model.run(tokens, edits=edits, logits=width).logits.log_softmax(-1)
+        change = _pick(before, targets) - _pick(after, targets)
+        kl = (before.exp() * (before - after)).sum(-1)
+        for row, inside in enumerate(scored):
+            made.tokens.append(int(inside.sum()))
+            made.cross_entropy_change.append(float(change[row][inside].double().mean()))
+            made.kl.append(float(kl[row][inside].double().mean()))
+    return made
+
+
+def health(
+    model: ChatModel,
+    saes: SaeBank,
+    prompts: Prompts,
+    answers: Mapping[str, Response],
+    *,
+    batch_size: int,
+    progress: Progress = lambda *_: None,
+) -> list[LayerHealth]:
+    """Reconstruction quality of every SAE on chats: prompts with the model's own answers."""
+    batches = list(_answered(model, prompts, answers, batch_size=batch_size))
+    clean = _cross_entropies(model, batches, {})
+    report = []
+    for done, layer in enumerate(saes.layers):
+        progress("SAE health", done, len(saes.layers))
+        sae = saes.layer(layer)
+        spliced = _cross_entropies(model, batches, {layer: _splice(lambda z, s=sae: s.decode(s.encode(z)))})
+        zero = _cross_entropies(model, batches, {layer: _splice(torch.zeros_like)})
+        quality = _reconstruction(model, sae, batches)
+        recovered = (zero - spliced) / (zero - clean)
+        report.append(
+            LayerHealth(
+                layer=layer,
+                variance_explained=(1 - quality.error / quality.variance).tolist(),
+                variance=quality.variance.tolist(),
+                cross_entropy_recovered=recovered.tolist(),
+                cross_entropy_gap=(zero - clean).tolist(),
+                l0=(quality.active / quality.tokens).tolist(),
+                tokens=quality.tokens.long().tolist(),
+            )
+        )
+    return report
+
+
+def _answered(
+    model: ChatModel, prompts: Prompts, answers: Mapping[str, Response], *, batch_size: int
+) -> Iterator[Tokens]:
+    usable = prompts.keep(p.id for p in prompts if answers[p.id].text.strip())
+    for start in range(0, len(usable), batch_size):
+        yield model.tokens(usable[start : start + batch_size], answers).to(model.device)
+
+
+def _targets(tokens: Tokens) -> tuple[Bool[Tensor, "prompt kept"], Int[Tensor, "prompt kept"], int]:
+    """Which of the last positions predict an answer token, that token, and how many last positions these are."""
+    answer = tokens.roles == Role.RESPONSE
+    width = int(answer.sum(1).max()) + 1
+    following = torch.zeros_like(tokens.ids)
+    following[:, :-1] = tokens.ids[:, 1:]
+    predicts = torch.zeros_like(answer)
+    predicts[:, :-1] = answer[:, 1:]
+    return predicts[:, -width:], following[:, -width:], width
+
+
+def _pick(log_probabilities: Float[Tensor, "prompt kept vocabulary"], targets: Tensor) -> Float[Tensor, "prompt kept"]:
+    return log_probabilities.gather(-1, targets[..., None])[..., 0]
+
+
+def _cross_entropies(model: ChatModel, batches: Sequence[Tokens], edits: Edits) -> Float64[Tensor, "chat"]:
+    """Each chat's cross-entropy, summed over the tokens of its answer."""
+    totals = []
+    for tokens in batches:
+        scored, targets, width = _targets(tokens)
+        logits = model.run(tokens, edits=edits, logits=width).logits.log_softmax(-1)
+        totals.append(-(_pick(logits, targets).double() * scored).sum(1).cpu())
+    return torch.cat(totals)
+
+
+class _Quality(NamedTuple):
+    """Sums per chat over its tokens, BOS excluded."""
+
+    error: Float64[Tensor, "chat"]
+    variance: Float64[Tensor, "chat"]
+    active: Float64[Tensor, "chat"]
+    tokens: Float64[Tensor, "chat"]
+
+
+def _reconstruction(model: ChatModel, sae: LayerSae, batches: Sequence[Tokens]) -> _Quality:
+    kept: list[Tensor] = []
+    for tokens in batches:
+        residual = model.run(tokens, keep=[sae.layer]).residuals[sae.layer].float()
+        kept += [chat[inside] for chat, inside in zip(residual, _spliced(tokens.roles).cpu(), strict=True)]
+    centre = torch.cat(kept).double().mean(0)
+    sums = []
+    for residual in kept:
+        features = sae.encode(residual)
+        error = (residual - sae.decode(features).cpu()).double().square().sum()
+        spread = (residual.double() - centre).square().sum()
+        sums.append(
+            torch.stack([error, spread, (features > 0).sum().double().cpu(), torch.tensor(float(len(residual)))])
+        )
+    return _Quality(*torch.stack(sums).double().unbind(1))
+
+
+def _spliced(roles: Int[Tensor, "prompt position"]) -> Bool[Tensor, "prompt position"]:
+    """Every position but padding and the first token of each chat, whose residual is an outlier in every model."""
+    inside = roles != Role.PADDING
+    first = inside.long().cumsum(1) == 1
+    return inside & ~first
+
+
+def _splice(change: Callable[[Tensor], Tensor]) -> Edit:
+    def edit(residual: Tensor, batch: Batch) -> Tensor:
+        chosen = _spliced(batch.roles)
+        return torch.where(chosen[..., None], change(residual).to(residual), residual)
+
+    return edit

@@ -1,0 +1,282 @@
+"""A chat model with one door: every capture, edit and generation passes through `ChatModel`.
+
+Hooks are attached to the decoder layers of the text stack inside a context manager and nowhere else. Parameters never
+receive gradients; a graph exists only where an edit brings a tensor that requires one.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from refusalscope.core.types import Prompts, Response
+from refusalscope.inputs.template import ChatTemplate, Role
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Left-padded chats."""
+
+    prompt_ids: tuple[str, ...]
+    ids: Int[Tensor, "prompt position"]
+    roles: Int[Tensor, "prompt position"]
+    """A `Role` per position."""
+
+    @property
+    def mask(self) -> Bool[Tensor, "prompt position"]:
+        return self.roles != Role.PADDING
+
+    def to(self, device: torch.device | str) -> "Tokens":
+        return Tokens(self.prompt_ids, self.ids.to(device), self.roles.to(device))
+
+
+class Batch(NamedTuple):
+    """What an edit may know of the activations it is given."""
+
+    prompt_ids: tuple[str, ...]
+    """One per row."""
+    roles: Int[Tensor, "prompt position"]
+    """One per position; a row that has ended its turn is padding from then on."""
+
+
+Edit = Callable[[Tensor, Batch], Tensor]
+"""(residual [prompt, position, d_model], batch) -> residual of the same shape."""
+Edits = Mapping[int, Edit]
+
+
+class Run(NamedTuple):
+    """What a forward pass was asked to keep."""
+
+    residuals: dict[int, Float[Tensor, "prompt position d_model"]]
+    """Layer -> the residual stream after that decoder layer, after its edit, on the CPU."""
+    logits: Float[Tensor, "prompt kept vocabulary"]
+    """At the last positions asked for, float32; zero positions when none were asked for."""
+
+
+class ChatModel:
+    """A Hugging Face causal language model with a chat template.
+
+    `identity` goes into cache keys: it must change whenever the weights do.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, identity: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.identity = identity
+        self.template = ChatTemplate(tokenizer, name)
+        self.layers = find_layers(model, name)
+        self.end_tokens = _end_tokens(model, tokenizer)
+        self.pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_tokens[0]
+        # Penalties and sampling defaults a checkpoint ships would break greedy decoding; only its end tokens stay.
+        model.generation_config = type(model.generation_config)(
+            eos_token_id=self.end_tokens, pad_token_id=self.pad_token
+        )
+
+    @classmethod
+    def load(cls, source: str | Path, *, name: str, identity: str, device: str = "auto") -> "ChatModel":
+        """Load from a folder or a hub name. float32 on the CPU, the checkpoint's own type on an accelerator.
+
+        Raises ValueError with one line when there is no such model, or it is not a causal language model.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        chosen = choose_device(device)
+        dtype = torch.float32 if chosen == "cpu" else "auto"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"cannot load {name} as a causal language model: {str(error).splitlines()[0]}") from error
+        model.to(device=chosen)  # type: ignore[reportCallIssue]
+        return cls(model, tokenizer, name=name, identity=identity)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def width(self) -> int:
+        """d_model."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    def tokens(self, prompts: Prompts, responses: Mapping[str, Response] | None = None) -> Tokens:
+        """Render and left-pad `prompts`; with `responses` (by prompt id) each is followed by its answer."""
+        rows = []
+        for prompt in prompts:
+            ids, roles = self.template.encode(prompt.text)
+            if responses is not None:
+                response = responses[prompt.id]
+                end = self.end_tokens[0] if response.finish == "end" else None
+                answer = self.template.encode_response(response.text, end)
+                ids, roles = [*ids, *answer], [*roles, *[int(Role.RESPONSE)] * len(answer)]
+            rows.append((ids, roles))
+        width = max((len(ids) for ids, _ in rows), default=0)
+        padded = [[self.pad_token] * (width - len(ids)) + ids for ids, _ in rows]
+        roles = [[int(Role.PADDING)] * (width - len(ids)) + roles for ids, roles in rows]
+        shape = (len(rows), width)
+        return Tokens(prompts.ids, torch.tensor(padded).long().view(shape), torch.tensor(roles).long().view(shape))
+
+    def batches(self, prompts: Prompts, size: int) -> Iterator[tuple[Prompts, Tokens]]:
+        """Consecutive batches in prompt order, each padded to its own longest chat."""
+        for start in range(0, len(prompts), size):
+            part = prompts[start : start + size]
+            yield part, self.tokens(part).to(self.device)
+
+    def run(self, tokens: Tokens, *, edits: Edits | None = None, keep: Iterable[int] = (), logits: int = 0) -> Run:
+        """One forward pass.
+
+        `edits` maps layers to functions of their output; `keep` lists layers whose edited output is returned;
+        `logits` is at how many last positions logits are computed (0: the unembedding is not run at all).
+        """
+        residuals: dict[int, Tensor] = {}
+        tokens = tokens.to(self.device)
+        batch = Batch(tokens.prompt_ids, tokens.roles)
+        inputs = {
+            "input_ids": tokens.ids,
+            "attention_mask": tokens.mask.long(),
+            "position_ids": (tokens.mask.long().cumsum(1) - 1).clamp(min=0),
+            "use_cache": False,
+        }
+        with self._hooked(edits or {}, lambda _: batch, keep=set(keep), residuals=residuals):
+            if logits == 0:
+                self.model.get_decoder()(**inputs)
+                return Run(residuals, torch.empty(len(tokens.prompt_ids), 0, 0))
+            output = self.model(**inputs, logits_to_keep=logits)
+        return Run(residuals, output.logits.float())
+
+    def generate(self, tokens: Tokens, *, edits: Edits | None = None, max_new_tokens: int) -> tuple[Response, ...]:
+        """Greedy answers with a KV cache, each ended by the model's own end-of-turn tokens or the limit.
+
+        Edits see the prompt in one call and then one position per call, until their row has ended.
+        """
+        from transformers import GenerationConfig, StoppingCriteriaList
+
+        tokens = tokens.to(self.device)
+        ends = _EndOfTurn(torch.tensor(self.end_tokens, device=self.device), len(tokens.prompt_ids))
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.end_tokens,
+            pad_token_id=self.pad_token,
+        )
+        with self._hooked(edits or {}, lambda width: ends.batch(tokens, width), keep=set(), residuals={}):
+            output = self.model.generate(
+                input_ids=tokens.ids,
+                attention_mask=tokens.mask.long(),
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([ends]),
+            )
+        answers = output[:, tokens.ids.shape[1] :].tolist()
+        return tuple(self._response(name, ids) for name, ids in zip(tokens.prompt_ids, answers, strict=True))
+
+    def decode(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each single token."""
+        return [self.tokenizer.decode([token]) for token in tokens]
+
+    def promoted(self, vectors: Float[Tensor, "vector d_model"], k: int) -> list[list[str]]:
+        """The `k` tokens that each residual vector raises most through the unembedding."""
+        head = self.model.get_output_embeddings().weight
+        scores = vectors.to(head) @ head.T
+        return [self.decode(row) for row in scores.topk(k).indices.tolist()]
+
+    def _response(self, prompt_id: str, ids: list[int]) -> Response:
+        stop = next((i for i, token in enumerate(ids) if token in self.end_tokens), None)
+        answer = ids if stop is None else ids[:stop]
+        return Response(
+            prompt_id=prompt_id,
+            text=self.tokenizer.decode(answer, skip_special_tokens=True),
+            first_token=ids[0] if answer else None,
+            tokens=len(ids) if stop is None else stop + 1,
+            finish="length" if stop is None else "end",
+        )
+
+    @contextmanager
+    def _hooked(
+        self,
+        edits: Edits,
+        batch_for: Callable[[int], Batch],
+        *,
+        keep: set[int],
+        residuals: dict[int, Tensor],
+    ) -> Iterator[None]:
+        """Attach one hook per edited or kept layer; all are gone on exit, whatever happens inside."""
+        wanted = set(edits) | keep
+        if unknown := sorted(layer for layer in wanted if not 0 <= layer < len(self.layers)):
+            raise ValueError(f"{self.name} has layers 0 to {len(self.layers) - 1}, not {unknown}")
+
+        def hook_for(layer: int) -> Callable[..., Any]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+                residual = output[0] if isinstance(output, tuple) else output
+                if layer in edits:
+                    residual = edits[layer](residual, batch_for(residual.shape[1]))
+                if layer in keep:
+                    residuals[layer] = residual.detach().cpu()
+                return (residual, *output[1:]) if isinstance(output, tuple) else residual
+
+            return hook
+
+        with ExitStack() as stack:
+            for layer in sorted(wanted):
+                handle = self.layers[layer].register_forward_hook(hook_for(layer))
+                stack.callback(handle.remove)
+            yield
+
+
+class _EndOfTurn:
+    """Watches generation: which rows have ended their turn, so that edits leave them alone."""
+
+    def __init__(self, end_tokens: Int[Tensor, "end"], rows: int) -> None:
+        self._end_tokens = end_tokens
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=end_tokens.device)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Bool[Tensor, "prompt"]:
+        self.ended = self.ended | torch.isin(input_ids[:, -1], self._end_tokens)
+        return self.ended
+
+    def batch(self, tokens: Tokens, width: int) -> Batch:
+        if width == tokens.ids.shape[1]:
+            return Batch(tokens.prompt_ids, tokens.roles)
+        roles = torch.where(self.ended, int(Role.PADDING), int(Role.RESPONSE))
+        return Batch(tokens.prompt_ids, roles[:, None].expand(-1, width))
+
+
+def find_layers(model: Any, name: str) -> nn.ModuleList:
+    """The decoder layers of the text stack, found by structure: the one list of `num_hidden_layers` modules."""
+    count = model.config.get_text_config().num_hidden_layers
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in model.get_decoder().named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
+            found[path] = module
+    if len(found) != 1:
+        raise ValueError(
+            f"{name}: looked for one list of {count} decoder layers in {type(model).__name__}, found {sorted(found)}"
+        )
+    return next(iter(found.values()))
+
+
+def choose_device(device: str) -> str:
+    """`auto` is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return "cuda" if available["cuda"] else "cpu"
+    if not available.get(device, False):
+        usable = [name for name, there in available.items() if there]
+        raise ValueError(f"device {device!r} is not available here: choose one of {', '.join(['auto', *usable])}")
+    return device
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    configured = model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    ends = [*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    if not ends:
+        raise ValueError("the model names no end-of-turn token in generation_config.json or its tokenizer")
+    return list(dict.fromkeys(int(token) for token in ends))

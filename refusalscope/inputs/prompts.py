@@ -1,0 +1,175 @@
+"""Where prompts come from: the testbed's grammar, the `refusal_direction` folder, or a user's own file.
+
+Whatever the source, train, validation and evaluation never share a prompt (case and white space normalised): what an
+evaluation set holds is taken out of validation, and what either holds is taken out of train.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from refusalscope.core.types import Label, Prompt, Prompts
+from refusalscope.inputs.tables import TableRow, read_table
+from refusalscope.testbed import grammar
+
+FITTING = ("harmful-train", "harmless-train", "harmful-validation", "harmless-validation")
+TRAIN_COUNT, VALIDATION_COUNT = 128, 48
+BENCHMARKS = ("harmbench_test", "jailbreakbench", "advbench")
+"""The sets the published benchmark answers, in its order."""
+LABELS = get_args(Label)
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """What a direction is fitted on and what is answered and judged, by data set name."""
+
+    fitting: Mapping[str, Prompts]
+    """The four sets of `FITTING`; empty when this source has nothing to fit on."""
+    evaluation: Mapping[str, Prompts]
+    notes: tuple[str, ...] = ()
+    """What a reader should know about how the sets were made."""
+
+
+def from_testbed(*, count: int, full: bool, train: int = TRAIN_COUNT, validation: int = VALIDATION_COUNT) -> PromptSets:
+    """The grammar's prompts: fitted on pairs the model was trained on, evaluated on pairs held out of it.
+
+    `full` adds wrappers and the unseen templates and wordings to harmful, harmless and look-alike.
+    """
+    fitting = {}
+    for label in ("harmful", "harmless"):
+        fitting[f"{label}-train"] = _grammar(label, "train", train)
+        fitting[f"{label}-validation"] = _grammar(label, "validation", validation)
+    wanted = grammar.DATASETS if full else grammar.PLAIN_DATASETS
+    return separate(fitting, {name: _grammar(name, "test", count) for name in wanted})
+
+
+def _grammar(dataset: str, split: str, count: int) -> Prompts:
+    name = dataset if split == "test" else f"{dataset}-{split}"
+    rows = (
+        Prompt(
+            id=example.id,
+            text=example.text,
+            label=example.label,
+            category=example.category,
+            source="testbed",
+            cluster=example.intent,
+            details=asdict(example),
+        )
+        for example in grammar.examples(dataset, split=split, count=count)
+    )
+    return Prompts(name, tuple(rows))
+
+
+def from_refusal_direction(folder: Path, *, count: int) -> PromptSets:
+    """The folder of Arditi et al. 2024: fitted on `splits`, evaluated on the published benchmark sets.
+
+    Raises ValueError naming what is missing when `folder` does not hold `processed` and `splits`.
+    """
+    for part in ("processed", "splits"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"{folder} has no folder {part!r}: fetch the prompts with `refusalscope data fetch`")
+
+    def take(path: str, name: str, label: Label, limit: int) -> Prompts:
+        rows = read_table(folder / f"{path}.json")[:limit]
+        columns = {"text": "instruction", "category": "category"}
+        source = f"refusal_direction/{path}@9d852fa"
+        return from_rows(rows, folder / f"{path}.json", name=name, columns=columns, label=label, source=source)
+
+    fitting = {
+        "harmful-train": take("splits/harmful_train", "harmful-train", "harmful", 2 * TRAIN_COUNT),
+        "harmless-train": take("splits/harmless_train", "harmless-train", "harmless", TRAIN_COUNT),
+        "harmful-validation": take("splits/harmful_val", "harmful-validation", "harmful", VALIDATION_COUNT),
+        "harmless-validation": take("splits/harmless_val", "harmless-validation", "harmless", VALIDATION_COUNT),
+    }
+    evaluation = {name: take(f"processed/{name}", name, "harmful", count) for name in BENCHMARKS}
+    evaluation["harmless"] = take("splits/harmless_test", "harmless", "harmless", count)
+    return separate(fitting, evaluation)
+
+
+def from_file(path: Path, *, columns: Mapping[str, str], label: Label, count: int) -> PromptSets:
+    """A user's CSV, JSONL or JSON. `columns` maps text, label and category to the file's column names.
+
+    Without a label column every prompt carries `label`. A file with at least 48 prompts of either class is split by a
+    hash of the text (half train, a fifth validation, the rest evaluation); any other is evaluation alone.
+    """
+    prompts = from_rows(
+        read_table(path), path, name=path.stem, columns=_known_columns(path, columns), label=label, source=path.name
+    )
+    by_label = {name: replace(prompts, name=name, rows=tuple(p for p in prompts if p.label == name)) for name in LABELS}
+    fitting: dict[str, Prompts] = {}
+    if min(len(by_label["harmful"]), len(by_label["harmless"])) >= 48:
+        for name in ("harmful", "harmless"):
+            train, validation, by_label[name] = _hash_split(by_label[name])
+            fitting |= {f"{name}-train": train, f"{name}-validation": validation}
+    evaluation = {}
+    for name, part in by_label.items():
+        if len(part):
+            dataset = path.stem if name == label else f"{path.stem}-{name}"
+            evaluation[dataset] = replace(part[:count], name=dataset)
+    return separate(fitting, evaluation)
+
+
+def from_rows(
+    rows: Sequence[TableRow], path: Path, *, name: str, columns: Mapping[str, str], label: Label, source: str
+) -> Prompts:
+    """Prompts of table rows; a text that repeats an earlier one is left out. ValueError names a faulty row's line."""
+    made: dict[str, Prompt] = {}
+    for number, row in enumerate(rows):
+        for column in columns.values():
+            if column not in row.values:
+                raise ValueError(
+                    f"{path}, line {row.line}: no column {column!r}; there are {sorted(row.values)}; "
+                    "name yours with --columns text=NAME,label=NAME,category=NAME"
+                )
+        text = row.values[columns["text"]]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{path}, line {row.line}: the prompt is empty or not text")
+        given = row.values[columns["label"]] if "label" in columns else label
+        if given not in LABELS:
+            raise ValueError(f"{path}, line {row.line}: label {given!r} is none of {list(LABELS)}")
+        category = row.values[columns["category"]] if "category" in columns else None
+        prompt = Prompt(f"{name}-{number:05d}", text, given, None if category is None else str(category), source)
+        made.setdefault(normalised(text), prompt)
+    return Prompts(name, tuple(made.values()))
+
+
+def separate(fitting: Mapping[str, Prompts], evaluation: Mapping[str, Prompts]) -> PromptSets:
+    """Take what evaluation holds out of validation, and what either holds out of train."""
+    seen = {normalised(prompt.text) for prompts in evaluation.values() for prompt in prompts}
+    kept, notes = {}, []
+    for stage in ("validation", "train"):
+        names = [name for name in fitting if name.endswith(stage)]
+        for name in names:
+            kept[name] = fitting[name].keep(p.id for p in fitting[name] if normalised(p.text) not in seen)
+            if lost := len(fitting[name]) - len(kept[name]):
+                notes.append(f"{lost} of {len(fitting[name])} {name} prompts stand in a later split too: left out.")
+        seen |= {normalised(prompt.text) for name in names for prompt in kept[name]}
+    return PromptSets({name: kept[name] for name in FITTING if name in kept}, evaluation, tuple(notes))
+
+
+def normalised(text: str) -> str:
+    """Text as the overlap check compares it: case folded, white space collapsed."""
+    return " ".join(text.casefold().split())
+
+
+def _hash_split(prompts: Prompts) -> tuple[Prompts, Prompts, Prompts]:
+    order = sorted(prompts, key=lambda p: hashlib.sha256(normalised(p.text).encode()).hexdigest())
+    half, rest = len(order) // 2, len(order) * 7 // 10
+
+    def part(name: str, rows: Iterable[Prompt]) -> Prompts:
+        return Prompts(name, tuple(rows))
+
+    return (
+        part(f"{prompts.name}-train", order[: min(half, TRAIN_COUNT)]),
+        part(f"{prompts.name}-validation", order[half : min(rest, half + VALIDATION_COUNT)]),
+        part(prompts.name, order[rest:]),
+    )
+
+
+def _known_columns(path: Path, columns: Mapping[str, str]) -> dict[str, str]:
+    unknown = sorted(set(columns) - {"text", "label", "category"})
+    if unknown:
+        raise ValueError(f"--columns {', '.join(unknown)}: the columns to map are text, label and category")
+    return {"text": "instruction", **columns}

@@ -1,0 +1,1 @@
+"""The chain from options to files: every arrow one public function, every stage skipped when its artifact stands."""

@@ -1,0 +1,52 @@
+"""What a run was made on: versions, commit, hardware. Times stand here and in logs, nowhere else."""
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("refusalscope", "torch", "transformers", "sae-lens", "numpy", "scipy", "safetensors", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what results depend on."""
+    return {package: version(package) for package in PACKAGES}
+
+
+def describe(*, device: str, seed: int, seconds: float) -> dict[str, Any]:
+    """The content of `environment.json`."""
+    import torch
+
+    return {
+        "versions": versions(),
+        "python": platform.python_version(),
+        "commit": commit(),
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "device": device,
+        "seed": seed,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+    }
+
+
+def commit() -> str | None:
+    """The source checkout's git commit, or None when the package runs from anywhere else."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

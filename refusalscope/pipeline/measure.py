@@ -1,0 +1,238 @@
+"""From feature sets to a report: answers under every edit, their scores, their cost, the findings and the page."""
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from refusalscope import __version__
+from refusalscope.core.store import Store, to_json
+from refusalscope.core.types import Finding, Prompts, Responses, SaeSlice, fingerprint
+from refusalscope.evals import capability, judges
+from refusalscope.mechanism.interventions import needed_features
+from refusalscope.pipeline.environment import versions
+from refusalscope.pipeline.fit import Chosen, Fitted
+from refusalscope.pipeline.job import Job
+from refusalscope.pipeline.options import Options, as_plain
+from refusalscope.report import page, plots
+from refusalscope.studies import benchmark, health
+from refusalscope.studies.benchmark import Arm
+
+
+def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
+    """Choose each set's factor on validation prompts, answer every data set under every arm, count the cost."""
+    datasets = dict(job.sets.evaluation)
+    validation = fitted.data.harmful_validation
+    harmless = next((name for name, rows in datasets.items() if rows[0].label == "harmless"), None)
+    if harmless is None:
+        harmless = fitted.data.harmless_validation.name
+        datasets[harmless] = fitted.data.harmless_validation
+    unedited = _answers(job, datasets[harmless], benchmark.BASE, {})
+    judged = partial(_judged, job, fitted, chosen, cut_off_counts=judges.ordinarily_ends(unedited))
+    arms, tried = _strengths(job, fitted, chosen, judged, validation)
+    pairs = list(_grid(arms, datasets))
+    answered = []
+    for done, (arm, dataset) in enumerate(pairs):
+        job.progress(f"answering {dataset}: {arm.label}", done, len(pairs))
+        answered.append(judged(datasets[dataset], arm))
+    costs = []
+    for done, arm in enumerate(arms):
+        job.progress("measuring costs", done, len(arms))
+        costs.append((arm, _cost(job, chosen, datasets[harmless], unedited, arm)))
+    finding = benchmark.summarise(
+        [*answered, *tried],
+        {**datasets, validation.name: validation},
+        costs,
+        cost_prompts=harmless,
+        caveats=(*fitted.notes, *fitted.direction.caveats),
+        provenance=_provenance(job, fitted, chosen),
+    )
+    return _keep_finding(job, finding)
+
+
+def run_health(job: Job, fitted: Fitted) -> Finding:
+    """Reconstruction quality of the SAEs on harmless prompts with the model's own answers."""
+    rows = fitted.data.harmless_validation
+    answers = _answers(job, rows, benchmark.BASE, {})
+    measured = job.store.get(
+        "health.json",
+        job.key("health", rows, answers),
+        dict,
+        lambda: {
+            "layers": [
+                layer._asdict()
+                for layer in capability.health(
+                    job.model,
+                    job.saes,
+                    rows,
+                    {row.prompt_id: row for row in answers.rows},
+                    batch_size=job.batch_size,
+                    progress=job.progress,
+                )
+            ]
+        },
+    )
+    layers = [capability.LayerHealth(**layer) for layer in measured["layers"]]
+    return _keep_finding(job, health.summarise(layers, rows.name, provenance=_provenance(job, fitted, None)))
+
+
+def write_report(store: Store) -> str:
+    """Figures and page from what the folder holds; returns the page's path. Loads no model."""
+    findings = {path: store.read(path, Finding) for path in store.paths("findings", ".json")}
+    for finding in findings.values():
+        for name, content in plots.figures(finding).items():
+            store.get(f"figures/{name}.svg", fingerprint(finding, __version__), bytes, partial(_same, content))
+    page_text = page.write(store)
+    store.get("report.html", fingerprint(page_text), str, partial(_same, page_text))
+    return "report.html"
+
+
+def describe_run(job: Job, fitted: Fitted, finding: Finding) -> None:
+    """Write `run.json`: what the report says of the run as a whole, first things first."""
+    about = {
+        "title": f"Why does {job.target.name} refuse?",
+        "model": job.target.name,
+        "command": command(job.options, job.store.root.name),
+        "options": {**as_plain(job.options), "derived": job.derived},
+        "notices": [*refusal_notices(job, finding), *fitted.notes],
+        "versions": versions(),
+        "limit_tokens": job.max_new_tokens,
+    }
+    texts = job.store.get(
+        "refusal_tokens.json",
+        job.key("refusal tokens", fitted.direction.refusal_tokens),
+        dict,
+        lambda: {"texts": job.model.decode(fitted.direction.refusal_tokens)},
+    )
+    about["refusal_token_texts"] = texts["texts"]
+    job.store.get("run.json", fingerprint(to_json(about).decode()), dict, partial(_same, about))
+
+
+def refusal_notices(job: Job, finding: Finding) -> list[str]:
+    """For prompts that are not the model's own: how few of the harmful ones it refuses to begin with."""
+    if job.options.prompts is None:
+        return []
+    notices = []
+    for name, rows in job.sets.evaluation.items():
+        row = finding.find(name, "base", "refused")
+        if rows[0].label == "harmful" and row is not None and row.estimate is not None and row.n:
+            low, high = f"{row.low:.1%}", f"{row.high:.1%}"
+            notices.append(
+                f"{job.target.name} refuses {round(row.estimate * row.n)} of {row.n} {name} prompts "
+                f"({row.estimate:.1%}, 95 % interval {low} to {high}) before any edit."
+            )
+    return notices
+
+
+def command(options: Options, name: str) -> str:
+    """The command line that makes this run again."""
+    words = ["refusalscope", "run", options.model, "--name", name]
+    for key, value in as_plain(options).items():
+        if key == "model" or value == Options.model_fields[key].get_default(call_default_factory=True):
+            continue
+        flag = "--" + {"factors": "factor"}.get(key, key).replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, dict):
+            words += [flag, ",".join(f"{column}={own}" for column, own in value.items())]
+        elif isinstance(value, list):
+            words += [word for item in value for word in (flag, str(item))]
+        else:
+            words += [flag, str(value)]
+    return shlex.join(words)
+
+
+def _strengths(
+    job: Job, fitted: Fitted, chosen: Chosen, judged: Callable[[Prompts, Arm], Responses], validation: Prompts
+) -> tuple[list[Arm], list[Responses]]:
+    """Every arm of the grid, each set at the factor that did best on validation, and all that was tried there."""
+    arms, tried = benchmark.direction_arms(fitted.direction), [judged(validation, benchmark.BASE)]
+    fixed = [name for name in chosen.sets if not name.startswith("random-")]
+    for done, name in enumerate(fixed):
+        job.progress("choosing strengths on validation prompts", done, len(fixed))
+        by_factor = {c: judged(validation, benchmark.scale_arm(chosen.sets[name], c)) for c in job.factors}
+        tried += by_factor.values()
+        best = benchmark.choose_factor(by_factor)
+        arms.append(benchmark.scale_arm(chosen.sets[name], best))
+        method, _, size = name.partition("-k")
+        if method == "cosine+attribution":
+            drawn = [other for other in chosen.sets if other.startswith("random-") and other.partition("-k")[2] == size]
+            arms += [benchmark.scale_arm(chosen.sets[other], best, draw=_draw(other)) for other in drawn]
+    return arms, tried
+
+
+def _draw(name: str) -> int:
+    return int(name.removeprefix("random-").partition("-k")[0])
+
+
+def _grid(arms: Sequence[Arm], datasets: Mapping[str, Prompts]) -> Iterator[tuple[Arm, str]]:
+    """Which arm answers which data set: adding is for harmless prompts, random controls for unwrapped seen ones."""
+    for name, rows in datasets.items():
+        special = name.endswith("-unseen") or rows[0].details.get("wrapper") is not None
+        yield benchmark.BASE, name
+        for arm in arms:
+            adds = arm.setting == "add"
+            if (not adds or rows[0].label == "harmless") and not (arm.method == "random" and special):
+                yield arm, name
+
+
+def _slices(chosen: Chosen, arm: Arm) -> dict[int, SaeSlice]:
+    return {layer: chosen.slices[layer].take(wanted) for layer, wanted in needed_features(arm.intervention).items()}
+
+
+def _answers(job: Job, rows: Prompts, arm: Arm, slices: Mapping[int, SaeSlice]) -> Responses:
+    """What the model answers, before any judge has seen it."""
+    return job.store.get(
+        f"answers/{rows.name}/{arm.label}.jsonl",
+        job.key("answer", rows, arm, slices, job.max_new_tokens),
+        Responses,
+        lambda: benchmark.answer(
+            job.model, rows, arm, slices=slices, batch_size=job.batch_size, max_new_tokens=job.max_new_tokens
+        ),
+    )
+
+
+def _judged(job: Job, fitted: Fitted, chosen: Chosen, rows: Prompts, arm: Arm, *, cut_off_counts: bool) -> Responses:
+    answers = _answers(job, rows, arm, _slices(chosen, arm))
+    tokens = fitted.direction.refusal_tokens
+    return job.store.get(
+        f"responses/{rows.name}/{arm.label}.jsonl",
+        job.key("judge", rows, answers, tokens, cut_off_counts),
+        Responses,
+        lambda: judges.judge(rows, answers, refusal_tokens=tokens, cut_off_counts=cut_off_counts),
+    )
+
+
+def _cost(job: Job, chosen: Chosen, rows: Prompts, unedited: Responses, arm: Arm) -> capability.Cost:
+    slices = _slices(chosen, arm)
+    answers = {row.prompt_id: row for row in unedited.rows}
+    made = job.store.get(
+        f"costs/{rows.name}/{arm.label}.json",
+        job.key("cost", rows, arm, slices, unedited),
+        dict,
+        lambda: capability.cost(
+            job.model, rows, answers, arm.intervention, slices=slices, batch_size=job.batch_size
+        )._asdict(),
+    )
+    return capability.Cost(**made)
+
+
+def _provenance(job: Job, fitted: Fitted, chosen: Chosen | None) -> dict[str, Any]:
+    return {
+        "model": job.target.name,
+        "model_and_saes": job.target.identity,
+        "direction": fingerprint(fitted.direction),
+        "features": {} if chosen is None else {name: fingerprint(made) for name, made in chosen.sets.items()},
+        "versions": versions(),
+        "seed": job.options.seed,
+    }
+
+
+def _keep_finding(job: Job, finding: Finding) -> Finding:
+    path = f"findings/{finding.study}.json"
+    return job.store.get(path, fingerprint(to_json(asdict(finding)).decode()), Finding, partial(_same, finding))
+
+
+def _same(value: Any) -> Any:
+    return value

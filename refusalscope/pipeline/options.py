@@ -1,0 +1,116 @@
+"""One record of options: the command line, the saved configuration and part of every cache key.
+
+Contradictions are rejected when it is made. The defaults live here and nowhere else.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from refusalscope.core.store import write_atomically
+
+RUN_FILE = "options.toml"
+
+
+class Options(BaseModel):
+    """Everything a user may choose. None means: derive it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = "testbed"
+    saes: str | None = None
+    prompts: Path | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    label: Literal["harmful", "harmless", "look-alike"] = "harmful"
+    limit: int | None = Field(None, ge=1)
+    full: bool = False
+    k: int = Field(20, ge=1)
+    draws: int | None = Field(None, ge=3)
+    factors: tuple[float, ...] | None = None
+    refusal_token: tuple[str, ...] = ()
+    best_layer: int | None = Field(None, ge=0)
+    keep_unrefused: bool = False
+    max_new_tokens: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Options":
+        if self.columns and self.prompts is None:
+            raise ValueError("--columns maps the columns of a prompt file: name one with --prompts")
+        if self.full and self.prompts is not None:
+            raise ValueError("--full is the testbed's own grid of data sets: leave out --prompts or --full")
+        if self.full and self.model != "testbed":
+            raise ValueError("--full is the testbed's own grid of data sets: it needs the model testbed")
+        if self.factors is not None and not self.factors:
+            raise ValueError("--factor needs at least one value")
+        return self
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The set sizes K* that are tried."""
+        return tuple(dict.fromkeys((self.k, 5))) if self.full else (self.k,)
+
+    @property
+    def random_draws(self) -> int:
+        return self.draws or (10 if self.full else 3)
+
+    def evaluation_count(self, published: int = 100) -> int:
+        """Prompts per evaluation set: the first 100 of real sets as published, 150 of the testbed's, 200 in full."""
+        own = 200 if self.full else 150
+        return self.limit or (own if self.prompts is None else published)
+
+
+def make(values: dict[str, Any], config: Path | None) -> Options:
+    """Options from a TOML file and the command line, which wins. Raises ValueError, one line, on any fault."""
+    merged = {**(read_toml(config) if config is not None else {}), **values}
+    try:
+        return Options(**merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
+        message = first["msg"].removeprefix("Value error, ")
+        where = f" (in {config})" if config is not None and first["loc"] and first["loc"][0] not in values else ""
+        raise ValueError(f"{name}{where}: {message}" if first["loc"] else message) from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's table. Raises ValueError, one line, when it cannot be read or parsed."""
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+
+
+def recorded(folder: Path, options: Options) -> dict[str, Any] | None:
+    """What an earlier run in `folder` derived, or None for a new folder.
+
+    Raises ValueError when the folder was made with other options, naming each that differs.
+    """
+    file = folder / RUN_FILE
+    if not file.is_file():
+        return None
+    saved = read_toml(file)
+    derived = saved.pop("derived", {})
+    plain = as_plain(options)
+    differing = sorted(key for key in {*saved, *plain} if saved.get(key) != plain.get(key))
+    if differing:
+        pairs = ", ".join(f"{key} was {saved.get(key)!r}, now {plain.get(key)!r}" for key in differing)
+        raise ValueError(f"{folder} was made with other options ({pairs}): choose another --name, or delete it")
+    return derived
+
+
+def record(folder: Path, options: Options, derived: dict[str, Any]) -> None:
+    """Write the options, and what was derived from them, to the run folder."""
+    write_atomically(folder / RUN_FILE, tomli_w.dumps({**as_plain(options), "derived": derived}).encode())
+
+
+def as_plain(options: Options) -> dict[str, Any]:
+    """Plain data for TOML and JSON; options left to be derived are absent."""
+    return options.model_dump(mode="json", exclude_none=True)

@@ -1,0 +1,12 @@
+"""Sets the ground before refusalscope is imported: shapes and types are checked at run time, and nothing leaves."""
+
+import os
+
+from jaxtyping import install_import_hook
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+# torch reads this when it is first imported; one thread count keeps the order of its sums the same on every machine.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+install_import_hook("refusalscope", "beartype.beartype")

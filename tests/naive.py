@@ -1,0 +1,108 @@
+"""The published formulation of LA-IG, written plainly: the oracle that the factored attribution is held to.
+
+At every node and every layer the current residual is encoded and decoded inside the graph, feature and error
+activations are mixed with their patched values, and the gradient passes straight through (method 3a).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from refusalscope.inputs.chat import Tokens
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Value of the mixture forward, the identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, mixture: Tensor) -> Tensor:
+        return mixture.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+class Naive(NamedTuple):
+    """Layer -> [prompt, position, d_sae]."""
+
+    attribution: dict[int, Tensor]
+    clean: dict[int, Tensor]
+    patched: dict[int, Tensor]
+
+
+def attribute(
+    model: Any,
+    layers: Mapping[int, Any],
+    saes: Mapping[int, Any],
+    tokens: Tokens,
+    unit: Tensor,
+    *,
+    metric: tuple[Tensor, Tensor],
+    nodes: Sequence[float],
+    weights: Sequence[float],
+) -> Naive:
+    """`layers` are the model's decoder layers, `saes` SAELens objects, `metric` the tokens (j, r) of each prompt."""
+    inputs = {
+        "input_ids": tokens.ids,
+        "attention_mask": tokens.mask.long(),
+        "position_ids": (tokens.mask.long().cumsum(1) - 1).clamp(min=0),
+    }
+
+    def forward(edit: Any) -> Tensor:
+        def hooked(layer: int) -> Any:
+            return lambda _module, _inputs, output: edit(layer, output)
+
+        handles = [layers[layer].register_forward_hook(hooked(layer)) for layer in layers]
+        try:
+            return model(**inputs).logits[:, -1].float()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def capture(removed: bool) -> dict[int, Tensor]:
+        kept: dict[int, Tensor] = {}
+
+        def edit(layer: int, residual: Tensor) -> Tensor:
+            kept[layer] = residual - (residual @ unit)[..., None] * unit if removed else residual
+            return kept[layer]
+
+        with torch.no_grad():
+            forward(edit)
+        return kept
+
+    clean_residual, patched_residual = capture(False), capture(True)
+    clean = {layer: saes[layer].encode(clean_residual[layer]) for layer in saes}
+    patched = {layer: saes[layer].encode(patched_residual[layer]) for layer in saes}
+    patched_error = {layer: patched_residual[layer] - saes[layer].decode(patched[layer]) for layer in saes}
+    total = {layer: torch.zeros_like(clean_residual[layer]) for layer in saes}
+    for node, weight in zip(nodes, weights, strict=True):
+        outputs: dict[int, Tensor] = {}
+
+        def mix(layer: int, residual: Tensor, node: float = node, outputs: dict[int, Tensor] = outputs) -> Tensor:
+            if layer not in saes:
+                return residual
+            if not residual.requires_grad:
+                residual = residual.requires_grad_(True)
+            features = saes[layer].encode(residual)
+            error = residual - saes[layer].decode(features)
+            mixed = saes[layer].decode((1 - node) * features + node * patched[layer])
+            mixed = mixed + (1 - node) * error + node * patched_error[layer]
+            outputs[layer] = _StraightThrough.apply(residual, mixed.detach())  # type: ignore[assignment]
+            outputs[layer].retain_grad()
+            return outputs[layer]
+
+        with torch.enable_grad():
+            logits = forward(mix)
+            answer, refusal = metric
+            rows = torch.arange(len(logits))
+            (logits[rows, answer] - logits[rows, refusal]).sum().backward()
+        for layer, output in outputs.items():
+            assert output.grad is not None
+            total[layer] += weight * output.grad
+    attribution = {
+        layer: (patched[layer] - clean[layer]) * (total[layer] @ saes[layer].W_dec.T) for layer in saes
+    }
+    return Naive(attribution, clean, patched)

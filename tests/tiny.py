@@ -1,0 +1,124 @@
+"""Tiny real models, tokenizers and SAEs, made on the spot in the real formats: random weights, nothing mocked."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from refusalscope.core.types import Direction, Prompt, Prompts
+from refusalscope.inputs.chat import ChatModel
+from refusalscope.inputs.saes import SaeBank
+
+SPECIAL = ["<pad>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+TEXTS = [
+    "How do I bake bread for my two cousins?",
+    "Kill the process.",
+    "Please tell me, in a few words, what a long tail is and why it is where it is.",
+    "x",
+    "Name three rivers\nand two lakes.",
+    "Write a poem about trains that leave at night and come back in the morning.",
+]
+FAMILIES = ("gemma2", "llama", "qwen2")
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 320,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
+
+
+def tokenizer(template: str | None = TEMPLATE) -> Any:
+    """A byte-level BPE of 320 tokens with Gemma-like turns."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = ByteLevelDecoder()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    made.train_from_iterator(TEXTS * 20, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<bos>", eos_token="<end_of_turn>", pad_token="<pad>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<start_of_turn>"]})
+    fast.chat_template = template
+    return fast
+
+
+def language_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal language model with random weights, large enough that its layers matter."""
+    torch.manual_seed(seed)
+    made: Any
+    if family == "gemma2":
+        made = Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=16, sliding_window=8, query_pre_attn_scalar=16))
+    elif family == "llama":
+        made = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False))
+    else:
+        made = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
+    for parameter in made.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(5)
+    return made.to(dtype).eval()
+
+
+def chat_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> ChatModel:
+    return ChatModel(
+        language_model(family, seed=seed, dtype=dtype), tokenizer(), name=f"tiny-{family}", identity=f"{family}-{seed}"
+    )
+
+
+def save_saes(
+    folder: Path, *, layers: int = 4, width: int = 32, size: int = 96, subtract: bool = True, seed: int = 0
+) -> dict[int, Path]:
+    """One JumpReLU SAE per layer, written by SAELens in its own format."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+    folders = {}
+    for layer in range(layers):
+        generator = torch.Generator().manual_seed(seed * 100 + layer)
+        made = JumpReLUSAE(JumpReLUSAEConfig(d_in=width, d_sae=size, apply_b_dec_to_input=subtract, device="cpu"))
+        decoder = torch.randn(size, width, generator=generator)
+        decoder /= decoder.norm(dim=1, keepdim=True)
+        made.W_dec.data = decoder
+        made.W_enc.data = (decoder.T + 0.1 * torch.randn(width, size, generator=generator)).contiguous()
+        made.b_enc.data = 0.1 * torch.randn(size, generator=generator)
+        made.b_dec.data = 0.1 * torch.randn(width, generator=generator)
+        made.threshold.data = 0.2 + 0.3 * torch.rand(size, generator=generator)
+        folders[layer] = folder / f"layer_{layer}"
+        made.save_model(str(folders[layer]))
+    return folders
+
+
+def bank(folder: Path, **options: Any) -> SaeBank:
+    return SaeBank.from_folders(save_saes(folder, **options), identity="tiny")
+
+
+def prompts(name: str = "harmful", texts: list[str] | None = None) -> Prompts:
+    rows = (Prompt(f"{name}-{i}", text, "harmful") for i, text in enumerate(TEXTS if texts is None else texts))
+    return Prompts(name, tuple(rows))
+
+
+def direction(width: int = 32, layers: int = 4, *, layer: int = 1, tokens: tuple[int, ...] = (40,)) -> Direction:
+    generator = torch.Generator().manual_seed(7)
+    vector = 2 * torch.randn(width, generator=generator)
+    offsets = 0.5 * torch.randn(layers, generator=generator)
+    return Direction(vector, layer, offsets, tokens, (), {})
