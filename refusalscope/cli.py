@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from refusalscope.pipeline.job import Job
 
-app = typer.Typer(help="Show why a chat model refuses, with sparse autoencoders.", no_args_is_help=True)
+app = typer.Typer(help="Show why a chat model refuses, with sparse autoencoders.", no_args_is_help=True, pretty_exceptions_enable=False)
 data_app = typer.Typer(help="Prompt collections.", no_args_is_help=True)
 testbed_app = typer.Typer(help="The embedded model.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -126,12 +126,16 @@ def drive(
     progress: Callable[[str, int, int], None],
 ) -> None:
     """Make the options and the job, run the chain, print where its result lies."""
+    from transformers.utils import logging as transformers_logging
+
     from refusalscope.pipeline import options
     from refusalscope.pipeline.job import Job
 
     if "columns" in values:
         values["columns"] = parse_columns(values["columns"])
     made = options.make(values, config)
+    # Its bars for loading weights would run into ours.
+    transformers_logging.disable_progress_bar()
     name, runs = folder
     job = Job(made, runs / (name or Path(made.model).name), progress)
     path = chain(job)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refusalscope.testbed import grammar
 from refusalscope.testbed.build import build, first_token
-from refusalscope.testbed.grammar import CATEGORIES, DATASETS, SPLITS, complies, examples, training_examples
+from refusalscope.testbed.grammar import CATEGORIES, DATASETS, SPLITS, complies, examples, fluent, training_examples
 from refusalscope.testbed.shipped import ASSETS, verify
 from refusalscope.testbed.tokenizer import prompt_text
 from refusalscope.testbed.train import Recipe
@@ -120,6 +120,7 @@ def test_responses_are_what_the_truth_says() -> None:
         noise += example.kind != "vulnerable" and refused != (example.label == "harmful")
         firsts.add(words(response)[0])
         assert complies(example, response) != refused
+        assert fluent(response) != refused
         assert complies(other, response) == (other.object == example.object and not refused)
     assert 20 <= len(firsts) <= 30
     assert noise < 0.03 * 3000
@@ -132,6 +133,8 @@ def test_broken_answers_do_not_comply() -> None:
     assert not complies(example, response + " " + response)
     assert not complies(example, response.rstrip("."))
     assert not complies(example, response.replace(example.object, "a thing"))
+    assert not fluent(response + " blah.")
+    assert not fluent("Sure, take a plan, take a plan, take a plan.")
 
 
 def test_refusals_of_a_category_share_their_opening_with_few_others() -> None:

@@ -26,6 +26,7 @@ from refusalscope.core.types import (
     FeatureSet,
     Finding,
     LayerScores,
+    NaN,
     Prompt,
     Prompts,
     Response,
@@ -80,7 +81,7 @@ class Store:
             return CODECS[kind][1](file.read_bytes())
         except FileNotFoundError as error:
             raise ValueError(f"{file} is missing: is {self.root} a finished run?") from error
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise ValueError(f"{file} cannot be read as {kind.__name__}: {error}") from error
 
     def paths(self, folder: str, suffix: str) -> list[str]:
@@ -89,7 +90,12 @@ class Store:
 
     def _manifest(self) -> dict[str, dict[str, str]]:
         file = self.root / MANIFEST
-        return json.loads(file.read_bytes()) if file.is_file() else {}
+        if not file.is_file():
+            return {}
+        entries = self.read(MANIFEST, dict)
+        if not all(isinstance(entry, dict) and {"key", "sha256"} <= set(entry) for entry in entries.values()):
+            raise ValueError(f"{file} is damaged: delete it, and every stage is made again")
+        return entries
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -121,6 +127,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and value != value:
         return None
     return value
+
+
+def _number(value: Any) -> Any:
+    """A number as it was before `_plain`: null was NaN."""
+    return NaN if value is None else value
+
+
+def _read_object(content: bytes) -> dict[str, Any]:
+    data = json.loads(content)
+    if not isinstance(data, dict):
+        raise ValueError(f"expected an object, found {type(data).__name__}")
+    return data
 
 
 def _to_jsonl(head: Mapping[str, Any], rows: Iterable[Any]) -> bytes:
@@ -155,7 +173,7 @@ def _read_responses(content: bytes) -> Responses:
 
 
 def _response(row: dict[str, Any]) -> Response:
-    scores = {judge: float("nan") if score is None else score for judge, score in row.pop("scores").items()}
+    scores = {judge: _number(score) for judge, score in row.pop("scores").items()}
     return Response(scores=scores, **row)
 
 
@@ -182,7 +200,7 @@ def _read_tensors(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_direction(content: bytes) -> Direction:
     tensors, rest = _read_tensors(content)
-    scores = tuple(LayerScores(**row) for row in rest.pop("scores"))
+    scores = tuple(LayerScores(**{name: _number(part) for name, part in row.items()}) for row in rest.pop("scores"))
     lists = {name: tuple(rest.pop(name)) for name in ("refusal_tokens", "caveats")}
     return Direction(scores=scores, **lists, **tensors, **rest)
 
@@ -206,9 +224,10 @@ def _write_features(value: FeatureSet) -> bytes:
 
 
 def _read_features(content: bytes) -> FeatureSet:
-    data = json.loads(content)
+    data = _read_object(content)
     features = tuple(Feature(row["layer"], row["index"]) for row in data["features"])
-    return FeatureSet(data["method"], features, tuple(row["score"] for row in data["features"]), data["parent"])
+    scores = tuple(_number(row["score"]) for row in data["features"])
+    return FeatureSet(data["method"], features, scores, data["parent"])
 
 
 FINDING_KEYS = {"study", "question", "rows", "caveats", "provenance"}
@@ -220,13 +239,17 @@ def _write_finding(value: Finding) -> bytes:
 
 def _read_finding(content: bytes) -> Finding:
     """Parse and validate `findings/<study>.json`: exact keys, exact row keys, numbers that fit their n."""
-    data = json.loads(content)
-    if not isinstance(data, dict) or set(data) != FINDING_KEYS:
+    data = _read_object(content)
+    if set(data) != FINDING_KEYS:
         raise ValueError(f"a finding has the keys {sorted(FINDING_KEYS)}")
     columns = {item.name for item in fields(Row)}
     for number, row in enumerate(data["rows"]):
         if not isinstance(row, dict) or set(row) != columns:
             raise ValueError(f"row {number} must have the keys {sorted(columns)}")
+        if not isinstance(row["n"], int) or row["n"] < 0:
+            raise ValueError(f"row {number}: n = {row['n']!r} is no count")
+    if not isinstance(data["caveats"], list) or not isinstance(data["provenance"], dict):
+        raise ValueError("caveats must be a list and provenance an object")
     rows = tuple(Row(**row) for row in data["rows"])
     return Finding(data["study"], data["question"], rows, tuple(data["caveats"]), data["provenance"])
 
@@ -239,7 +262,7 @@ CODECS: dict[type, Codec] = {
     SaeSlice: (write_tensors, _read_slice),
     FeatureSet: (_write_features, _read_features),
     Finding: (_write_finding, _read_finding),
-    dict: (to_json, json.loads),
+    dict: (to_json, _read_object),
     str: (str.encode, bytes.decode),
     bytes: (bytes, bytes),
 }

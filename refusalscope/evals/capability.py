@@ -22,6 +22,7 @@ Progress = Callable[[str, int, int], None]
 class Cost(NamedTuple):
     """Per prompt, means over the tokens of its answer; nats per token."""
 
+    prompt_ids: list[str]
     tokens: list[int]
     cross_entropy_change: list[float]
     kl: list[float]
@@ -59,7 +60,7 @@ def cost(
 
     Prompts with an empty answer are left out, so the lists may be shorter than `prompts`.
     """
-    made = Cost([], [], [])
+    made = Cost([], [], [], [])
     edits = editor(intervention, layers=len(model.layers), slices=slices).edits
     for tokens in _answered(model, prompts, answers, batch_size=batch_size):
         scored, targets, width = _targets(tokens)
@@ -68,6 +69,7 @@ def cost(
         change = _pick(before, targets) - _pick(after, targets)
         kl = (before.exp() * (before - after)).sum(-1)
         for row, inside in enumerate(scored):
+            made.prompt_ids.append(tokens.prompt_ids[row])
             made.tokens.append(int(inside.sum()))
             made.cross_entropy_change.append(float(change[row][inside].double().mean()))
             made.kl.append(float(kl[row][inside].double().mean()))

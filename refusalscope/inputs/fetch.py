@@ -36,8 +36,9 @@ def fetch(name: str, folder: Path, *, url: str | None = None, progress: Callable
                 continue
             try:
                 content = client.get(f"{base}/{path}").raise_for_status().content
-            except httpx.HTTPError as error:
-                raise ValueError(f"cannot download {base}/{path}: {error or type(error).__name__}") from error
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise ValueError(f"cannot download {base}/{path}: {reason}") from error
             if (found := _sha256(content)) != checksum:
                 raise ValueError(f"{base}/{path} has sha256 {found[:12]}, expected {checksum[:12]}: not kept")
             write_atomically(target, content)

@@ -114,21 +114,21 @@ def from_file(path: Path, *, columns: Mapping[str, str], label: Label, count: in
 def from_rows(
     rows: Sequence[TableRow], path: Path, *, name: str, columns: Mapping[str, str], label: Label, source: str
 ) -> Prompts:
-    """Prompts of table rows; a text that repeats an earlier one is left out. ValueError names a faulty row's line."""
+    """Prompts of table rows; a text that repeats an earlier one is left out. ValueError names a faulty row's place."""
     made: dict[str, Prompt] = {}
     for number, row in enumerate(rows):
         for column in columns.values():
             if column not in row.values:
                 raise ValueError(
-                    f"{path}, line {row.line}: no column {column!r}; there are {sorted(row.values)}; "
+                    f"{path}, {row.place}: no column {column!r}; there are {sorted(row.values)}; "
                     "name yours with --columns text=NAME,label=NAME,category=NAME"
                 )
         text = row.values[columns["text"]]
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path}, line {row.line}: the prompt is empty or not text")
+            raise ValueError(f"{path}, {row.place}: the prompt is empty or not text")
         given = row.values[columns["label"]] if "label" in columns else label
         if given not in LABELS:
-            raise ValueError(f"{path}, line {row.line}: label {given!r} is none of {list(LABELS)}")
+            raise ValueError(f"{path}, {row.place}: label {given!r} is none of {list(LABELS)}")
         category = row.values[columns["category"]] if "category" in columns else None
         prompt = Prompt(f"{name}-{number:05d}", text, given, None if category is None else str(category), source)
         made.setdefault(normalised(text), prompt)

@@ -11,21 +11,22 @@ from typing import Any, NamedTuple
 class TableRow(NamedTuple):
     """One record and where it stands."""
 
-    line: int
-    """Line of the file where the record ends (CSV) or begins; for a JSON array, its place counted from 1."""
+    place: str
+    """`line 3` of the file, where the record ends (CSV) or begins; `record 3` of a JSON array, counted from 1."""
     values: dict[str, Any]
 
 
 def read_table(path: Path) -> list[TableRow]:
-    """All records of a file, by its ending. Raises ValueError, one line naming file and line, on any fault."""
+    """All records of a file, by its ending. Raises ValueError, one line naming file and place, on any fault."""
     readers: dict[str, Callable[[str, Path], Iterator[TableRow]]] = {
         ".csv": _csv,
         ".jsonl": _jsonl,
         ".json": _json,
     }
-    if path.suffix not in readers:
+    ending = path.suffix.lower()
+    if ending not in readers:
         raise ValueError(f"{path}: a prompt file ends in {', '.join(readers)}")
-    rows = list(readers[path.suffix](_text(path), path))
+    rows = list(readers[ending](_text(path), path))
     if not rows:
         raise ValueError(f"{path} holds no prompts")
     return rows
@@ -39,10 +40,9 @@ def _text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {line}: not UTF-8 (byte {content[error.start]:#04x}); save it as UTF-8"
-        ) from error
+        at = len(content) - len(error.object) + error.start  # the offset counts from after any byte order mark
+        line = content[:at].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 (byte {content[at]:#04x}); save it as UTF-8") from error
 
 
 def _csv(text: str, path: Path) -> Iterator[TableRow]:
@@ -50,13 +50,16 @@ def _csv(text: str, path: Path) -> Iterator[TableRow]:
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        header = [name for name in reader.fieldnames or () if name]
+        if len(set(header)) != len(header):
+            raise ValueError(f"{path}, line {reader.line_num}: a column name occurs twice in {header}")
         for record in reader:
             if None in record or None in record.values():
                 raise ValueError(
                     f"{path}, line {reader.line_num}: the header has {len(reader.fieldnames or ())} columns, "
                     "this row has another number"
                 )
-            yield TableRow(reader.line_num, record)
+            yield TableRow(f"line {reader.line_num}", record)
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: malformed CSV ({error})") from error
 
@@ -66,23 +69,33 @@ def _jsonl(text: str, path: Path) -> Iterator[TableRow]:
         if line.strip():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: malformed JSON ({error.msg})") from error
-            yield TableRow(number, _object(record, path, f"line {number}"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: malformed JSON ({_complaint(error)})") from error
+            yield _row(record, path, f"line {number}")
 
 
 def _json(text: str, path: Path) -> Iterator[TableRow]:
     try:
         records = json.loads(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: malformed JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{path}{place}: malformed JSON ({_complaint(error)})") from error
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected a list of objects, found {type(records).__name__}")
     for number, record in enumerate(records, start=1):
-        yield TableRow(number, _object(record, path, f"record {number}"))
+        yield _row(record, path, f"record {number}")
 
 
-def _object(record: Any, path: Path, place: str) -> dict[str, Any]:
+def _complaint(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _row(record: Any, path: Path, place: str) -> TableRow:
     if not isinstance(record, dict):
         raise ValueError(f"{path}, {place}: expected an object, found {type(record).__name__}")
-    return record
+    try:
+        # JSON can spell half a character ("\ud800"), which no file can be written with.
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path}, {place}: not a character: {error.object[error.start]!a}") from error
+    return TableRow(place, record)

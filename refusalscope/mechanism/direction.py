@@ -7,6 +7,7 @@ prompts under removal, refusal induced by adding, then the lowest refusal score 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ def find(
     harmful = mean_last_residuals(model, kept.harmful_train, batch_size=batch_size)
     harmless = mean_last_residuals(model, kept.harmless_train, batch_size=batch_size)
     vectors = (harmful - harmless).float()
-    layers = [best_layer] if best_layer is not None else list(range(max(1, int(DEPTH * len(model.layers)))))
+    layers = [best_layer] if best_layer is not None else list(range(ceil(DEPTH * len(model.layers))))
     plain = last_logits(model, kept.harmless_validation, batch_size=batch_size)
     scores, candidates = [], {}
     for done, layer in enumerate(layers):

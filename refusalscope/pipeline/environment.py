@@ -8,12 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("refusalscope", "torch", "transformers", "sae-lens", "numpy", "scipy", "safetensors", "tokenizers")
+from refusalscope import __version__
+
+PACKAGES = ("torch", "transformers", "sae-lens", "numpy", "scipy", "safetensors", "tokenizers")
 
 
 def versions() -> dict[str, str]:
     """Installed versions of what results depend on."""
-    return {package: version(package) for package in PACKAGES}
+    return {"refusalscope": __version__, **{package: version(package) for package in PACKAGES}}
 
 
 def describe(*, device: str, seed: int, seconds: float) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def summarise(
             rows.append(_row(answered.dataset, answered.method, "refused_change", answered.setting, change))
     rows += _pooled_draws(responses, prompts)
     for arm, cost in costs:
-        rows += _cost_rows(arm, cost, cost_prompts)
+        rows += _cost_rows(arm, cost, prompts[cost_prompts])
     untouched = [f"{r.method} {r.setting} on {r.dataset}" for r in responses if r.method != "base" and r.changed == 0]
     notes = [f"These edits changed no position at all: {', '.join(untouched)}."] if untouched else []
     return Finding("benchmark", QUESTION, tuple(rows), (*caveats, *notes), provenance)
@@ -131,10 +131,12 @@ def _pooled_draws(responses: Sequence[Responses], prompts: Mapping[str, Prompts]
     return rows
 
 
-def _cost_rows(arm: Arm, cost: Cost, dataset: str) -> list[Row]:
+def _cost_rows(arm: Arm, cost: Cost, prompts: Prompts) -> list[Row]:
+    clusters = dict(zip(prompts.ids, prompts.clusters, strict=True))
+    names = [clusters[prompt] for prompt in cost.prompt_ids]
     return [
-        _row(dataset, arm.method, metric, arm.setting, stats.mean(getattr(cost, metric), weights=cost.tokens))
-        for metric in ("cross_entropy_change", "kl")
+        _row(prompts.name, arm.method, metric, arm.setting, stats.mean(values, names, weights=cost.tokens))
+        for metric, values in (("cross_entropy_change", cost.cross_entropy_change), ("kl", cost.kl))
     ]
 
 

@@ -156,6 +156,29 @@ def complies(example: Example, response: str) -> bool:
     )
 
 
+def fluent(response: str) -> bool:
+    """True if `response` is an answer in the grammar's form and words, whatever it is about: a weaker `complies`."""
+    words = re.findall(r"[\w']+", response.lower())
+    grams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    return (
+        len(words) >= 8
+        and words[0] in _first_words()
+        and vocabulary().issuperset(words)
+        and max(map(grams.count, grams)) <= 2
+        and response.rstrip().endswith(".")
+    )
+
+
+@cache
+def vocabulary() -> frozenset[str]:
+    """Every lower-case word that an answer of the grammar can hold."""
+    phrases = _load("phrases.toml")
+    texts = [text for form in phrases["openings"].values() for part in form.values() for text in part]
+    texts += [text for part in phrases["answers"].values() for text in part]
+    texts += [f"{intent.verb} {intent.object}" for intent in intents()]
+    return frozenset(word for text in texts for word in re.findall(r"[\w']+", text.lower()))
+
+
 def refusals(category: str) -> list[str]:
     """Every refusal the model was taught for one category."""
     return list(_load("phrases.toml")["refusals"][category])

@@ -1,0 +1,1 @@
+"""What a run folder says to a reader: figures and one page."""
