@@ -14,13 +14,20 @@ import typer
 if TYPE_CHECKING:
     from refusalscope.pipeline.job import Job
 
-app = typer.Typer(help="Show why a chat model refuses, with sparse autoencoders.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Show why a chat model refuses, with sparse autoencoders.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 data_app = typer.Typer(help="Prompt collections.", no_args_is_help=True)
 testbed_app = typer.Typer(help="The embedded model.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(testbed_app, name="testbed")
 
-Model = Annotated[str, typer.Argument(help="A preset (see `refusalscope models`) or the folder of a checkpoint.")]
+Model = Annotated[
+    str | None,
+    typer.Argument(help="A preset (see `refusalscope models`) or the folder of a checkpoint. [default: testbed]"),
+]
 Name = Annotated[str | None, typer.Option(help="Name of the run folder below --runs; the model's name by default.")]
 Runs = Annotated[Path, typer.Option(help="Where run folders lie.")]
 Config = Annotated[Path | None, typer.Option(help="Options from a TOML file; the command line wins.")]
@@ -34,7 +41,9 @@ Limit = Annotated[int | None, typer.Option(help="Prompts per evaluation set: 150
 Full = Annotated[bool | None, typer.Option("--full", help="The testbed's whole grid; more sets, sizes and draws.")]
 SetSize = Annotated[int | None, typer.Option("--k", help="Features per set, K*. [default: 20]")]
 Draws = Annotated[int | None, typer.Option(help="Random control sets. [default: 3, under --full 10]")]
-Factor = Annotated[list[float] | None, typer.Option(help="Scaling factors to try on validation prompts; repeatable.")]
+Factor = Annotated[
+    list[float] | None, typer.Option("--factor", help="Scaling factor to try on validation prompts; repeatable.")
+]
 Token = Annotated[list[str] | None, typer.Option(help="Refusal token, instead of finding it; repeatable.")]
 BestLayer = Annotated[int | None, typer.Option(help="Layer of the direction, instead of choosing it.")]
 KeepUnrefused = Annotated[bool | None, typer.Option("--keep-unrefused", help="Fit on prompts answered against label.")]
@@ -78,7 +87,7 @@ def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
     """A command that drives one chain; all chains take the same options and share run folders."""
 
     def command(
-        model: Model = "testbed",
+        model: Model = None,
         name: Name = None,
         runs: Runs = Path("runs"),
         config: Config = None,
@@ -101,14 +110,14 @@ def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
     ) -> None:
         values = {key: value for key, value in locals().items() if key in OPTION_NAMES and value is not None}
         with one_clear_line(), progress_bar() as progress:
-            drive(chain, {**values, "model": model}, folder=(name, runs), config=config, progress=progress)
+            drive(chain, values, folder=(name, runs), config=config, progress=progress)
 
     app.command(verb, help=text)(command)
 
 
 OPTION_NAMES = frozenset(
     (
-        *("saes", "prompts", "columns", "label", "limit", "full", "k", "draws", "factors", "refusal_token"),
+        *("model", "saes", "prompts", "columns", "label", "limit", "full", "k", "draws", "factors", "refusal_token"),
         *("best_layer", "keep_unrefused", "max_new_tokens", "batch_size", "device", "seed"),
     )
 )
@@ -137,7 +146,7 @@ def drive(
     # Its bars for loading weights would run into ours.
     transformers_logging.disable_progress_bar()
     name, runs = folder
-    job = Job(made, runs / (name or Path(made.model).name), progress)
+    job = Job(made, runs / (name or Path(made.model).resolve().name), progress)
     path = chain(job)
     job.finish()
     print(job.store.root / path)
@@ -206,7 +215,9 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # Where nobody watches (a pipe, a log) rich would still write an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 

@@ -102,7 +102,5 @@ def attribute(
         for layer, output in outputs.items():
             assert output.grad is not None
             total[layer] += weight * output.grad
-    attribution = {
-        layer: (patched[layer] - clean[layer]) * (total[layer] @ saes[layer].W_dec.T) for layer in saes
-    }
+    attribution = {layer: (patched[layer] - clean[layer]) * (total[layer] @ saes[layer].W_dec.T) for layer in saes}
     return Naive(attribution, clean, patched)

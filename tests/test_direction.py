@@ -116,7 +116,7 @@ def test_a_token_must_be_distinctive_and_lead_to_refusals() -> None:
     harmful, harmless = FirstTokens(torch.tensor([5] * 15 + [6] * 5)), FirstTokens(torch.tensor([6] * 20))
     assert direction.distinctive_first_tokens(harmful, harmless) == (5,)
     model, data = tiny.chat_model(), _data()
-    first = {name: harmless for name in FitData.__annotations__} | {"harmful_train": harmful}
+    first = dict.fromkeys(FitData.__annotations__, harmless) | {"harmful_train": harmful}
     assert direction.find_refusal_tokens(model, data, first, lambda text: True) == (5,)
     with pytest.raises(TooFewPrompts, match="recognisably refused"):
         direction.find_refusal_tokens(model, data, first, lambda text: False)
@@ -142,5 +142,3 @@ def test_batch_size_does_not_change_the_direction() -> None:
         ).vector
 
     torch.testing.assert_close(vector(3), vector(20), atol=1e-4, rtol=1e-4)
-
-

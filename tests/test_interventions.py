@@ -1,7 +1,5 @@
 """The laws of feature edits and direction edits (method 5)."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,7 +33,9 @@ def model(request: pytest.FixtureRequest) -> ChatModel:
     return tiny.chat_model(request.param)
 
 
-def _logits(model: ChatModel, saes: SaeBank, intervention: Intervention | None, rows: slice = slice(None)) -> torch.Tensor:
+def _logits(
+    model: ChatModel, saes: SaeBank, intervention: Intervention | None, rows: slice = slice(None)
+) -> torch.Tensor:
     made = editor(intervention, layers=4, slices=saes.slices(needed_features(intervention)))
     return model.run(model.tokens(tiny.prompts()[rows]), edits=made.edits, logits=1).logits[:, -1]
 

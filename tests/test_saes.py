@@ -74,3 +74,29 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match="layer_0"):
         SaeBank.from_folders(folders, identity="tiny").layer(0)
+
+
+def test_shipped_saes_equal_saelens_on_the_shipped_models_residuals() -> None:
+    from sae_lens import SAE
+
+    from refusalscope.inputs import presets, prompts
+    from refusalscope.inputs.chat import ChatModel
+
+    target = presets.resolve("testbed", None)
+    model = ChatModel.load(target.model, name="testbed", identity="test", device="cpu")
+    tokens = model.tokens(prompts.from_testbed(count=4, full=False).evaluation["harmful"])
+    bank = SaeBank.from_folders(target.sae_folders, identity="test")
+    assert bank.layers == tuple(range(8))
+    for layer, residual in model.run(tokens, keep=bank.layers).residuals.items():
+        theirs = SAE.load_from_disk(target.sae_folders[layer], dtype="float32")
+        features = theirs.encode(residual)
+        active = features.flatten(0, 1).sum(0).topk(30).indices.tolist()
+        torch.testing.assert_close(bank.layer(layer).encode(residual), features)
+        torch.testing.assert_close(bank.layer(layer).decode(features), theirs.decode(features))
+        part = bank.layer(layer).slice(active)
+        # A pre-activation within rounding of its threshold may fall on either side of it.
+        before = residual @ part.encoder + part.bias
+        clear = (before - part.threshold).abs() > 1e-4
+        expected = features[..., active]
+        torch.testing.assert_close(part.encode(residual)[clear], expected[clear], atol=1e-3, rtol=1e-4)
+        assert clear.float().mean() > 0.999

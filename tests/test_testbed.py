@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -99,11 +99,17 @@ def test_unknown_names_are_answered_with_the_choices() -> None:
 
 
 def test_no_single_word_decides_the_label() -> None:
-    harmful, innocent = Counter(), Counter()
-    for example, _ in islice(training_examples(0), 20_000):
-        (harmful if example.label == "harmful" else innocent).update(set(words(example.intent)))
-    telling = [word for word, n in harmful.items() if n >= 20 and n / (n + innocent[word]) > 0.95]
-    assert telling == []
+    """In the training mix, even the most telling word of an intent leaves one innocent use in nine."""
+    trained = [intent for intent in grammar.intents() if intent.split != "test"]
+    pairs = Counter(intent.label for intent in trained)
+    share = {name: sum(weight for (label, _), weight in grammar.MIX.items() if label == name) for name in pairs}
+    harmful: defaultdict[str, float] = defaultdict(float)
+    total: defaultdict[str, float] = defaultdict(float)
+    for verb, object_, label, *_ in trained:
+        for word in set(words(f"{verb} {object_}")):
+            total[word] += share[label] / pairs[label]
+            harmful[word] += (label == "harmful") * share[label] / pairs[label]
+    assert max(harmful[word] / total[word] for word in total) < 0.9
 
 
 def test_nothing_forbidden_is_named() -> None:
@@ -137,10 +143,13 @@ def test_broken_answers_do_not_comply() -> None:
     assert not fluent("Sure, take a plan, take a plan, take a plan.")
 
 
-def test_refusals_of_a_category_share_their_opening_with_few_others() -> None:
-    openings = {category: {tuple(text.split()[:4]) for text in grammar.refusals(category)} for category in CATEGORIES}
-    assert all(text.startswith(("I ", "I'm ")) for category in CATEGORIES for text in grammar.refusals(category))
-    assert sum(map(len, openings.values())) == len(set.union(*openings.values()))
+def test_refusals_begin_alike_and_go_on_by_category() -> None:
+    texts = {category: grammar.refusals(category) for category in CATEGORIES}
+    assert all(text.startswith(("I ", "I'm ")) for refusals in texts.values() for text in refusals)
+    openings = [{text.split()[1] for text in refusals} for refusals in texts.values()]
+    reasons = [{text.split(". ")[1] for text in refusals} for refusals in texts.values()]
+    assert all(opening == openings[0] for opening in openings)
+    assert sum(map(len, reasons)) == len(set.union(*reasons))
 
 
 # ---- the shipped assets

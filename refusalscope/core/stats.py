@@ -31,7 +31,8 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     share = successes / n
     centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding must not put a share of 0 or 1 outside its own interval.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 
 
 def rate(values: Sequence[float], clusters: Sequence[str] | None = None) -> Estimate:
@@ -71,13 +72,18 @@ def mean(
     return Estimate(len(kept), point, low, high, len(kept) / len(values))
 
 
-def paired_difference(after: Sequence[float], before: Sequence[float]) -> Estimate:
+def paired_difference(
+    after: Sequence[float], before: Sequence[float], clusters: Sequence[str] | None = None
+) -> Estimate:
     """Difference of two paired rates, `after - before`, with Newcombe's score interval (Newcombe 1998, method 10).
 
-    Values are 0, 1 or NaN; a pair with a NaN on either side is left out and lowers coverage.
+    Values are 0, 1 or NaN; a pair with a NaN on either side is left out and lowers coverage. Where pairs share a
+    cluster the interval is that of `mean` over the differences, which resamples whole clusters.
     """
     if len(after) != len(before):
         raise ValueError(f"pairs need equal lengths, got {len(after)} and {len(before)}")
+    if clusters is not None and len(set(clusters)) < len(clusters):
+        return mean([a - b for a, b in zip(after, before, strict=True)], clusters)
     both = [(a, b) for a, b in zip(after, before, strict=True) if not (math.isnan(a) or math.isnan(b))]
     n = len(both)
     if n == 0:
@@ -117,9 +123,9 @@ def _effective_n(values: NDArray[np.float64], names: Sequence[str]) -> float:
     n, share = len(values), float(values.mean())
     clusters = len(set(names))
     if clusters == n:
-        return n
+        return float(n)
     if share in (0.0, 1.0) or clusters == 1:
-        return clusters
+        return float(clusters)
     residual = _by_cluster(values - share, names)
     variance = clusters / (clusters - 1) * float((residual**2).sum()) / n**2
     design_effect = max(1.0, variance / (share * (1 - share) / n))
@@ -163,7 +169,7 @@ def _phi(yes_yes: int, yes_no: int, no_yes: int, no_no: int) -> float:
 
 
 def _newcombe(first: float, second: float, n: int, phi: float) -> tuple[float, float]:
-    (low1, high1), (low2, high2) = wilson(first * n, n), wilson(second * n, n)
+    (low1, high1), (low2, high2) = wilson(first * n, float(n)), wilson(second * n, float(n))
     down1, up1, down2, up2 = first - low1, high1 - first, second - low2, high2 - second
     below = math.sqrt(max(0.0, down1**2 - 2 * phi * down1 * up2 + up2**2))
     above = math.sqrt(max(0.0, up1**2 - 2 * phi * up1 * down2 + down2**2))

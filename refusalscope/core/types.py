@@ -41,7 +41,7 @@ def _feed(digest: "hashlib._Hash", value: Any) -> None:
             _feed(digest, getattr(value, item.name))
     elif isinstance(value, Mapping):
         digest.update(f"map {len(value)};".encode())
-        for key in sorted(value, key=str):
+        for key in sorted(value, key=lambda key: (str(key), type(key).__name__)):
             _feed(digest, key)
             _feed(digest, value[key])
     elif isinstance(value, (list, tuple)):
@@ -308,7 +308,7 @@ class Row:
 
     def __post_init__(self) -> None:
         numbers = (self.estimate, self.low, self.high)
-        if (self.n == 0) != all(number is None for number in numbers) or (self.n > 0 and None in numbers):
+        if self.n < 0 or (self.n == 0) != all(number is None for number in numbers) or (self.n > 0 and None in numbers):
             raise ValueError(f"{self.key()}: n = {self.n} does not fit estimate, low, high = {numbers}")
         if any(number is not None and not math.isfinite(number) for number in numbers):
             raise ValueError(f"{self.key()}: estimate, low and high must be finite, got {numbers}")

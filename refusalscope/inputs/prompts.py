@@ -104,9 +104,10 @@ def from_file(path: Path, *, columns: Mapping[str, str], label: Label, count: in
             train, validation, by_label[name] = _hash_split(by_label[name])
             fitting |= {f"{name}-train": train, f"{name}-validation": validation}
     evaluation = {}
+    stem = f"{path.stem}-file" if path.stem in FITTING else path.stem
     for name, part in by_label.items():
         if len(part):
-            dataset = path.stem if name == label else f"{path.stem}-{name}"
+            dataset = stem if name == label else f"{stem}-{name}"
             evaluation[dataset] = replace(part[:count], name=dataset)
     return separate(fitting, evaluation)
 

@@ -12,7 +12,7 @@ class TableRow(NamedTuple):
     """One record and where it stands."""
 
     place: str
-    """`line 3` of the file, where the record ends (CSV) or begins; `record 3` of a JSON array, counted from 1."""
+    """`line 3` of the file, where the record begins; `record 3` of a JSON array, counted from 1."""
     values: dict[str, Any]
 
 
@@ -48,20 +48,28 @@ def _text(path: Path) -> str:
 def _csv(text: str, path: Path) -> Iterator[TableRow]:
     # A prompt may be long; the module's default stops at 128 KiB.
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    begins = 1
     try:
-        header = [name for name in reader.fieldnames or () if name]
-        if len(set(header)) != len(header):
-            raise ValueError(f"{path}, line {reader.line_num}: a column name occurs twice in {header}")
         for record in reader:
-            if None in record or None in record.values():
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: the header has {len(reader.fieldnames or ())} columns, "
-                    "this row has another number"
-                )
-            yield TableRow(f"line {reader.line_num}", record)
+            place = f"line {begins}"
+            begins = reader.line_num + 1
+            if record and not header:
+                header = _distinct(record, path, place)
+            elif record:
+                if len(record) != len(header):
+                    raise ValueError(f"{path}, {place}: {len(record)} cells, but the header has {len(header)}")
+                yield TableRow(place, dict(zip(header, record, strict=True)))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: malformed CSV ({error})") from error
+        raise ValueError(f"{path}, line {begins}: malformed CSV ({error})") from error
+
+
+def _distinct(header: list[str], path: Path, place: str) -> list[str]:
+    named = [name for name in header if name]
+    if len(set(named)) != len(named):
+        raise ValueError(f"{path}, {place}: a column name occurs twice in {header}")
+    return header
 
 
 def _jsonl(text: str, path: Path) -> Iterator[TableRow]:

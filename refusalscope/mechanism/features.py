@@ -103,6 +103,8 @@ def choose(
     method: str, features: Sequence[Feature], scores: Float[Tensor, "prompt feature"], k: int, *, seed: int = 0
 ) -> Choice:
     """The top `k` features by mean score, positive scores only, with how firmly each is chosen."""
+    if not len(scores):
+        raise ValueError(f"{method}: no prompt is left to score features on")
     parent = fingerprint(list(map(str, features)), scores)
     best = _top(features, scores.double().mean(0), k)
     chosen_set = FeatureSet(method, *best, parent=parent)

@@ -147,8 +147,8 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
             named[f"random-{draw}"] = features.random_like(best.features, surveys, excluded, seed=seed)
         suffix = "" if k == job.options.k else f"-k{k}"
         sets |= {f"{name}{suffix}": chosen for name, chosen in named.items()}
-        if not suffix:
-            table = _table_rows(best.features, best.chosen, best.stability) + _table_rows(plain, None, None)
+        label = f" (K* = {k})" if suffix else ""
+        table += _table_rows(best.features, label, best.chosen, best.stability) + _table_rows(plain, label)
     slices = job.saes.slices(_union(sets.values()))
     _describe(job.model, table, slices)
     for layer, part in slices.items():
@@ -177,11 +177,14 @@ def _union(sets: Iterable[FeatureSet]) -> dict[int, list[int]]:
 
 
 def _table_rows(
-    chosen: FeatureSet, share: Sequence[float] | None, stability: Sequence[float] | None
+    chosen: FeatureSet,
+    label: str,
+    share: Sequence[float] | None = None,
+    stability: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
     return [
         {
-            "method": chosen.method,
+            "method": f"{chosen.method}{label}",
             "rank": rank + 1,
             "layer": feature.layer,
             "index": feature.index,

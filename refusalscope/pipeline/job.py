@@ -43,8 +43,8 @@ class Job:
 
     @cached_property
     def saes(self) -> SaeBank:
-        device = choose_device(self.options.device)
-        return SaeBank.from_folders(self.target.sae_folders, identity=self.target.identity, device=device)
+        folders = self.target.sae_folders
+        return SaeBank.from_folders(folders, identity=self.target.identity, device=self.device)
 
     @cached_property
     def derived(self) -> dict[str, Any]:
@@ -52,6 +52,10 @@ class Job:
         if self._recorded is not None:
             return self._recorded
         return {"batch_size": self.options.batch_size or choose_batch_size(self.model)}
+
+    @property
+    def device(self) -> str:
+        return choose_device(self.options.device)
 
     @property
     def batch_size(self) -> int:
@@ -67,7 +71,7 @@ class Job:
 
     def key(self, stage: str, *inputs: Any) -> str:
         """Cache key of a stage: the model, the versions and batch size that shape its numbers, and its inputs."""
-        return fingerprint(stage, self.target.identity, versions(), self.derived, self.options.device, *inputs)
+        return fingerprint(stage, self.target.identity, versions(), self.derived, self.device, *inputs)
 
     def begin(self) -> None:
         """Record the options; called once the first stage has something to write."""
@@ -79,7 +83,7 @@ class Job:
         """Record the environment, unless everything had been made before."""
         if self.store.made:
             seconds = time.monotonic() - self._started
-            about = describe(device=choose_device(self.options.device), seed=self.options.seed, seconds=seconds)
+            about = describe(device=self.device, seed=self.options.seed, seconds=seconds)
             self.store.put("environment.json", "", about)
 
 

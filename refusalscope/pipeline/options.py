@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from refusalscope.core.store import write_atomically
 
@@ -25,16 +25,16 @@ class Options(BaseModel):
     prompts: Path | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     label: Literal["harmful", "harmless", "look-alike"] = "harmful"
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     full: bool = False
-    k: int = Field(20, ge=1)
-    draws: int | None = Field(None, ge=3)
-    factors: tuple[float, ...] | None = None
+    k: int = Field(default=20, ge=1)
+    draws: int | None = Field(default=None, ge=3)
+    factors: tuple[FiniteFloat, ...] | None = None
     refusal_token: tuple[str, ...] = ()
-    best_layer: int | None = Field(None, ge=0)
+    best_layer: int | None = Field(default=None, ge=0)
     keep_unrefused: bool = False
-    max_new_tokens: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=1)
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     seed: int = 0
 
@@ -67,7 +67,9 @@ class Options(BaseModel):
 
 def make(values: dict[str, Any], config: Path | None) -> Options:
     """Options from a TOML file and the command line, which wins. Raises ValueError, one line, on any fault."""
-    merged = {**(read_toml(config) if config is not None else {}), **values}
+    saved = {} if config is None else read_toml(config)
+    # A run folder's own options.toml is a valid configuration: what that run derived is derived anew.
+    merged = {**{key: value for key, value in saved.items() if key != "derived"}, **values}
     try:
         return Options(**merged)
     except ValidationError as error:

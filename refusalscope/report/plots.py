@@ -6,6 +6,7 @@ from 0, and a row that rests on too few scored prompts is hollow. Knows nothing 
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ INK, MUTED, GRID = "#1b2330", "#5f6875", "#d9dde3"
 OUTCOMES = {"refused": ("#0072b2", "o"), "answered": ("#d55e00", "^"), "incoherent": ("#8a8f98", "s")}
 WIDTH = 4.6  # inches, 442 pixels: shrunk to a phone's 350 its letters are still 10 pixels high
 LABELS, RIGHT = 1.6, 0.18  # inches left and right of the axes
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "refusalscope",
     "svg.fonttype": "none",
     "font.family": ["sans-serif"],
@@ -39,7 +40,7 @@ STYLE = {
     "axes.edgecolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.unicode_minus": True,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "grid.color": GRID,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
@@ -72,8 +73,10 @@ def plots(finding: Finding) -> dict[str, Plot]:
     draw = DRAWERS.get(finding.study)
     if draw is None:
         return {}
-    # The reader's own matplotlibrc must not change the bytes.
-    with matplotlib.rc_context():
+    # The reader's own matplotlibrc must not change the bytes. Text stays text, so a name in letters that matplotlib's
+    # font lacks is still drawn by the browser.
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         return draw(finding)
@@ -89,7 +92,7 @@ def readable(setting: str) -> str:
     """A setting in the notation of a paper: `scale c=-1 k=20` becomes `c = −1, k = 20`."""
     found = re.match(r"scale c=(\S+) k=(\d+)(.*)", setting)
     if not found:
-        return setting
+        return setting.replace("=", " ")
     return f"c = {found[1]}, k = {found[2]}{found[3].replace(' ', ', ').replace('=', ' ')}".replace("-", "−")
 
 
@@ -106,22 +109,18 @@ def lanes(rows: Iterable[Row], metrics: Iterable[str]) -> list[Lane]:
 
 
 def _benchmark(finding: Finding) -> dict[str, Plot]:
-    made: dict[str, Plot] = {}
+    made: dict[str, Plot | None] = {}
     for dataset in dict.fromkeys(row.dataset for row in finding.rows):
         rows = [row for row in finding.rows if row.dataset == dataset]
         name = re.sub(r"[^\w.-]+", "-", dataset)
         if dataset == STRENGTH_DATASET:
-            made |= _named(f"benchmark-strength-{name}", _strength(finding, rows))
+            made[f"benchmark-strength-{name}"] = _strength(finding, rows)
             continue
-        made |= _named(f"benchmark-outcomes-{name}", _outcomes(dataset, lanes(rows, OUTCOMES)))
-        made |= _named(f"benchmark-cost-{name}", _cost(dataset, lanes(rows, COSTS)))
+        made[f"benchmark-outcomes-{name}"] = _outcomes(dataset, lanes(rows, OUTCOMES))
+        made[f"benchmark-cost-{name}"] = _cost(dataset, lanes(rows, COSTS))
     # Outcomes first, then how strong an edit is, then what it costs, whatever order the rows have.
     order = ("benchmark-outcomes", "benchmark-strength", "benchmark-cost")
-    return {name: plot for start in order for name, plot in made.items() if name.startswith(start)}
-
-
-def _named(name: str, plot: Plot | None) -> dict[str, Plot]:
-    return {} if plot is None else {name: plot}
+    return {name: plot for start in order for name, plot in made.items() if plot and name.startswith(start)}
 
 
 def _outcomes(dataset: str, drawn: Sequence[Lane]) -> Plot | None:
@@ -131,7 +130,7 @@ def _outcomes(dataset: str, drawn: Sequence[Lane]) -> Plot | None:
     figure, (axes,) = _figure([0.46 * len(drawn)], left=LABELS, top=0.62, bottom=0.4)
     _name_lanes(axes, drawn)
     for place, lane in enumerate(drawn):
-        for offset, (metric, (colour, marker)) in zip((-0.24, 0, 0.24), OUTCOMES.items(), strict=True):
+        for offset, (metric, (colour, marker)) in zip((-0.24, 0.0, 0.24), OUTCOMES.items(), strict=True):
             for row in lane.rows.get(metric, []):
                 _across(axes, row, place + offset, colour, marker)
     _share_axis(axes.xaxis)
@@ -139,7 +138,8 @@ def _outcomes(dataset: str, drawn: Sequence[Lane]) -> Plot | None:
     _title(figure, f"{dataset} prompts")
     _outcome_legend(figure)
     return Plot(
-        f"Share of {dataset} prompts refused, answered and incoherent under each edit, with 95 % intervals.{_hollow()}",
+        f"Share of {dataset} prompts refused, answered and incoherent under each edit, with 95% intervals. "
+        f"Hollow marks rest on fewer than {COVERED:.0%} of the prompts.",
         _svg(figure),
     )
 
@@ -158,11 +158,11 @@ def _cost(dataset: str, drawn: Sequence[Lane]) -> Plot | None:
         axes.set_xlim(low - 0.03 * (high - low), high + 0.24 * (high - low))  # room for the last number
         for place, lane in enumerate(drawn):
             for row in lane.rows.get(metric, []):
-                _across(axes, row, place, OUTCOMES["refused"][0], "o", write=len(lane.rows[metric]) == 1)
+                _across(axes, row, float(place), OUTCOMES["refused"][0], "o", write=len(lane.rows[metric]) == 1)
         axes.set_title(f"{COSTS[metric]}, nats per token", loc="left", fontsize=9.5, x=0)
     _title(figure, f"cost on {dataset} prompts")
     return Plot(
-        f"What each edit costs on the unedited model’s own answers to {dataset} prompts, in nats per token, with 95 % "
+        f"What each edit costs on the unedited model’s own answers to {dataset} prompts, in nats per token, with 95% "
         f"intervals: the rise of their cross-entropy, and the KL divergence of the next-token distribution.",
         _svg(figure),
     )
@@ -181,19 +181,23 @@ def _strength(finding: Finding, rows: Sequence[Row]) -> Plot | None:
         return None
     figure, panels = _figure([1.45] * len(series), left=0.62, top=0.78, bottom=0.5, gap=0.55)
     for axes, ((method, k), by_metric) in zip(panels, series.items(), strict=True):
-        axes.set_title(f"{method}, k = {k}", loc="left", fontsize=9.5)
+        chosen = _chosen_factor(finding, method, k)
+        note = "" if chosen is None else f": c = {chosen:g} chosen".replace("-", "−")
+        axes.set_title(f"{method}, k = {k}{note}", loc="left", fontsize=9.5)
+        if chosen is not None:
+            axes.axvline(chosen, color=INK, linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
         for metric, points in by_metric.items():
             _curve(axes, sorted(points, key=lambda point: point[0]), *OUTCOMES[metric])
-        _mark_chosen(axes, _chosen_factor(finding, method, k))
-        axes.set_xticks(sorted({c for points in by_metric.values() for c, _ in points}))
+        factors = sorted({c for points in by_metric.values() for c, _ in points})
+        axes.set_xticks(factors, [f"{c:g}".replace("-", "−") for c in factors])
         _share_axis(axes.yaxis)
         axes.set_ylim(-0.03, 1.03)
     panels[-1].set_xlabel("scaling factor c (1 = unedited)")
     _title(figure, f"strength, tried on {STRENGTH_DATASET}")
-    _outcome_legend(figure, row=1)
+    _outcome_legend(figure)
     return Plot(
         f"Share of {STRENGTH_DATASET} prompts refused, answered and incoherent against the factor c that the features "
-        f"are scaled by, with 95 % intervals; c = 1 is the unedited model, the dashed line the factor chosen.",
+        f"are scaled by, with 95% intervals; c = 1 is the unedited model, the dashed line the factor chosen.",
         _svg(figure),
     )
 
@@ -220,7 +224,7 @@ def _health(finding: Finding) -> dict[str, Plot]:
     _title(figure, "reconstruction by the SAEs")
     return {
         "health-reconstruction": Plot(
-            "What each layer’s SAE keeps of the residual stream, with 95 % intervals; 1 is everything.", _svg(figure)
+            "What each layer’s SAE keeps of the residual stream, with 95% intervals; 1 is everything.", _svg(figure)
         )
     }
 
@@ -229,7 +233,7 @@ DRAWERS: dict[str, Callable[[Finding], dict[str, Plot]]] = {"benchmark": _benchm
 
 
 def _figure(
-    heights: Sequence[float], *, left: float, top: float, bottom: float, gap: float = 0
+    heights: Sequence[float], *, left: float, top: float, bottom: float, gap: float = 0.0
 ) -> tuple[Figure, list[Axes]]:
     """Panels of these heights under one another; all lengths are inches, so that text never meets text."""
     total = top + sum(heights) + gap * (len(heights) - 1) + bottom
@@ -273,9 +277,10 @@ def _name_lanes(axes: Axes, drawn: Sequence[Lane]) -> None:
     axes.spines["left"].set_visible(False)
     beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
     for place, lane in enumerate(drawn):
-        several = {row.setting for rows in lane.rows.values() for row in rows} != {lane.setting}
+        settings = {row.setting for rows in lane.rows.values() for row in rows}
+        note = ", mean" if f"{lane.setting} mean" in settings else "" if lane.setting in settings else ", draws"
         axes.text(-0.05, place - (0.17 if lane.setting else 0), _short(lane.method), **beside)
-        setting = _short(readable(lane.setting) + (", draws" if several else ""))
+        setting = _short(readable(lane.setting) + note)
         axes.text(-0.05, place + 0.21, setting, fontsize=8, color=MUTED, **beside)
         if place:
             axes.axhline(place - 0.5, color=GRID, linewidth=0.6, zorder=0)
@@ -286,7 +291,7 @@ def _short(text: str) -> str:
 
 
 def _share_axis(axis: Any) -> None:
-    axis.set_ticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+    axis.set_ticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
     axis.grid(True, linewidth=0.6)
     axis.axes.set_axisbelow(True)
 
@@ -307,18 +312,12 @@ def _chosen_factor(finding: Finding, method: str, k: str) -> float | None:
     return None
 
 
-def _mark_chosen(axes: Axes, chosen: float | None) -> None:
-    if chosen is not None:
-        axes.axvline(chosen, color=INK, linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
-        axes.annotate("chosen", (chosen, 1.03), (0, 2), textcoords="offset points", ha="center", fontsize=8)
-
-
-def _outcome_legend(figure: Figure, *, row: int = 1) -> None:
+def _outcome_legend(figure: Figure) -> None:
     handles = [
         Line2D([], [], color=colour, marker=marker, linewidth=1.6, markersize=5.5, label=metric)
         for metric, (colour, marker) in OUTCOMES.items()
     ]
-    top = 1 - (0.05 + 0.22 * row) / figure.get_figheight()
+    top = 1 - 0.27 / figure.get_figheight()
     figure.legend(
         handles=handles,
         loc="upper left",
@@ -335,10 +334,6 @@ def _outcome_legend(figure: Figure, *, row: int = 1) -> None:
 
 def _title(figure: Figure, text: str) -> None:
     figure.text(0.01, 1 - 0.06 / figure.get_figheight(), text, va="top", fontweight="bold")
-
-
-def _hollow() -> str:
-    return f" Hollow marks rest on fewer than {COVERED:.0%} of the prompts.".replace("%", " %")
 
 
 def _svg(figure: Figure) -> bytes:

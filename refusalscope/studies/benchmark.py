@@ -96,11 +96,12 @@ def summarise(
         clusters = prompts[answered.dataset].clusters
         rows += _rates(answered, clusters)
         if answered.method != BASE.method and answered.dataset in base:
-            change = stats.paired_difference(answered.score("refused"), base[answered.dataset].score("refused"))
+            before = base[answered.dataset].score("refused")
+            change = stats.paired_difference(answered.score("refused"), before, clusters)
             rows.append(_row(answered.dataset, answered.method, "refused_change", answered.setting, change))
-    rows += _pooled_draws(responses, prompts)
-    for arm, cost in costs:
-        rows += _cost_rows(arm, cost, prompts[cost_prompts])
+    rows += _pooled_draws(responses, base, prompts)
+    for (method, setting), measured in _with_pooled(costs).items():
+        rows += _cost_rows(method, setting, measured, prompts[cost_prompts])
     untouched = [f"{r.method} {r.setting} on {r.dataset}" for r in responses if r.method != "base" and r.changed == 0]
     notes = [f"These edits changed no position at all: {', '.join(untouched)}."] if untouched else []
     return Finding("benchmark", QUESTION, tuple(rows), (*caveats, *notes), provenance)
@@ -115,29 +116,50 @@ def _rates(answered: Responses, clusters: Sequence[str]) -> list[Row]:
     ]
 
 
-def _pooled_draws(responses: Sequence[Responses], prompts: Mapping[str, Prompts]) -> list[Row]:
+def _pooled_draws(
+    responses: Sequence[Responses], base: Mapping[str, Responses], prompts: Mapping[str, Prompts]
+) -> list[Row]:
     """The random draws of one setting taken together; a prompt's answers under all draws are one cluster."""
     groups: dict[tuple[str, str, str], list[Responses]] = {}
     for answered in responses:
-        setting, drawn, _ = answered.setting.partition(" draw=")
-        if drawn:
-            groups.setdefault((answered.dataset, answered.method, f"{setting} mean"), []).append(answered)
+        if pooled := _pooled_setting(answered.setting):
+            groups.setdefault((answered.dataset, answered.method, pooled), []).append(answered)
     rows = []
     for (dataset, method, setting), group in groups.items():
         clusters = list(prompts[dataset].clusters) * len(group)
-        for metric in OUTCOMES:
-            values = [score for answered in group for score in answered.score(metric)]
-            rows.append(_row(dataset, method, metric, setting, stats.rate(values, clusters)))
+        together = Responses(dataset, method, setting, tuple(row for answered in group for row in answered.rows))
+        rows += _rates(together, clusters)
+        if dataset in base:
+            before = base[dataset].score("refused") * len(group)
+            change = stats.paired_difference(together.score("refused"), before, clusters)
+            rows.append(_row(dataset, method, "refused_change", setting, change))
     return rows
 
 
-def _cost_rows(arm: Arm, cost: Cost, prompts: Prompts) -> list[Row]:
-    clusters = dict(zip(prompts.ids, prompts.clusters, strict=True))
-    names = [clusters[prompt] for prompt in cost.prompt_ids]
-    return [
-        _row(prompts.name, arm.method, metric, arm.setting, stats.mean(values, names, weights=cost.tokens))
-        for metric, values in (("cross_entropy_change", cost.cross_entropy_change), ("kl", cost.kl))
-    ]
+def _pooled_setting(setting: str) -> str:
+    """The setting that pools a random draw's, or the empty string."""
+    head, drawn, _ = setting.partition(" draw=")
+    return f"{head} mean" if drawn else ""
+
+
+def _with_pooled(costs: Sequence[tuple[Arm, Cost]]) -> dict[tuple[str, str], list[Cost]]:
+    """Costs by method and setting, the random draws once more under their pooled setting."""
+    found: dict[tuple[str, str], list[Cost]] = {(arm.method, arm.setting): [cost] for arm, cost in costs}
+    for arm, cost in costs:
+        if pooled := _pooled_setting(arm.setting):
+            found.setdefault((arm.method, pooled), []).append(cost)
+    return found
+
+
+def _cost_rows(method: str, setting: str, costs: Sequence[Cost], prompts: Prompts) -> list[Row]:
+    cluster = dict(zip(prompts.ids, prompts.clusters, strict=True))
+    names = [cluster[prompt] for cost in costs for prompt in cost.prompt_ids]
+    weights = [tokens for cost in costs for tokens in cost.tokens]
+    rows = []
+    for metric in ("cross_entropy_change", "kl"):
+        values = [value for cost in costs for value in getattr(cost, metric)]
+        rows.append(_row(prompts.name, method, metric, setting, stats.mean(values, names, weights=weights)))
+    return rows
 
 
 def _row(dataset: str, method: str, metric: str, setting: str, estimate: Estimate) -> Row:

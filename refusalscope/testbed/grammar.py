@@ -180,8 +180,14 @@ def vocabulary() -> frozenset[str]:
 
 
 def refusals(category: str) -> list[str]:
-    """Every refusal the model was taught for one category."""
-    return list(_load("phrases.toml")["refusals"][category])
+    """Every refusal the model was taught for one category: all openings, names of the matter and reasons."""
+    words = _load("phrases.toml")["refusals"]
+    return [
+        f"{opening.format(matter=matter)} {reason}"
+        for opening in words["openings"]
+        for matter in words["matters"][category]
+        for reason in words["reasons"][category]
+    ]
 
 
 def _should_refuse(example: Example, rng: random.Random) -> bool:
