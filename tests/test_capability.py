@@ -1,6 +1,7 @@
 """Costs equal transformers' own loss; an edit that does nothing costs nothing; SAE health equals its definition."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,11 @@ def _loss(model: ChatModel, prompts: Prompts, row: int) -> float:
 def test_cross_entropy_change_equals_the_difference_of_transformers_losses(model: ChatModel) -> None:
     prompts, added = tiny.prompts(), AddDirection(tiny.direction(layer=2))
     cost = capability.cost(model, prompts, _answers(prompts), added, batch_size=4)
-    handle = model.layers[2].register_forward_hook(lambda _m, _i, out: out + added.direction.vector)
+
+    def add(_module: Any, _inputs: Any, output: Any) -> Any:
+        return output + added.direction.vector
+
+    handle = model.layers[2].register_forward_hook(add)
     edited = [_loss(model, prompts, row) for row in range(len(prompts))]
     handle.remove()
     plain = [_loss(model, prompts, row) for row in range(len(prompts))]

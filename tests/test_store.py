@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refusalscope.core import store
+from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import MANIFEST, Store
 from refusalscope.core.types import (
     Attribution,
@@ -29,7 +30,6 @@ from refusalscope.core.types import (
     Responses,
     Row,
     SaeSlice,
-    fingerprint,
 )
 
 NaN = float("nan")

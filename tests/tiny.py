@@ -34,7 +34,7 @@ TEXTS = [
     "Write a poem about trains that leave at night and come back in the morning.",
 ]
 FAMILIES = ("gemma2", "llama", "qwen2")
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 4,

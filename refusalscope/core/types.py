@@ -3,11 +3,9 @@
 No weights, no models, no files. A stage takes nouns and machines and returns nouns; the store writes them down.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, overload
 
 import torch
@@ -16,42 +14,6 @@ from torch import Tensor
 
 Label = Literal["harmful", "harmless", "look-alike"]
 NaN = float("nan")
-
-
-def fingerprint(*values: Any) -> str:
-    """Sixteen hexadecimal digits of SHA-256 over the content of `values`.
-
-    Accepts nested dataclasses, mappings (order ignored), sequences, tensors, strings, numbers and None.
-    Raises TypeError for anything else, rather than hashing an address.
-    """
-    digest = hashlib.sha256()
-    for value in values:
-        _feed(digest, value)
-    return digest.hexdigest()[:16]
-
-
-def _feed(digest: "hashlib._Hash", value: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif is_dataclass(value) and not isinstance(value, type):
-        digest.update(f"{type(value).__name__}(".encode())
-        for item in fields(value):
-            digest.update(f"{item.name}=".encode())
-            _feed(digest, getattr(value, item.name))
-    elif isinstance(value, Mapping):
-        digest.update(f"map {len(value)};".encode())
-        for key in sorted(value, key=lambda key: (str(key), type(key).__name__)):
-            _feed(digest, key)
-            _feed(digest, value[key])
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"list {len(value)};".encode())
-        for item in value:
-            _feed(digest, item)
-    elif value is None or isinstance(value, (str, int, float, bool)):
-        digest.update(f"{type(value).__name__} {json.dumps(value)};".encode())
-    else:
-        raise TypeError(f"cannot fingerprint a {type(value).__name__}")
 
 
 @dataclass(frozen=True)

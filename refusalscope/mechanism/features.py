@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusalscope.core.types import Attribution, Direction, Feature, FeatureSet, Prompts, fingerprint, ordered_features
+from refusalscope.core.fingerprint import fingerprint
+from refusalscope.core.types import Attribution, Direction, Feature, FeatureSet, Prompts, ordered_features
 from refusalscope.inputs.chat import ChatModel
 from refusalscope.inputs.saes import LayerSae, SaeBank
 from refusalscope.inputs.template import Role

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from refusalscope.core.types import Attribution, Direction, Feature, FeatureSet, Prompts, SaeSlice, fingerprint
+from refusalscope.core.fingerprint import fingerprint
+from refusalscope.core.types import Attribution, Direction, Feature, FeatureSet, Prompts, SaeSlice
 from refusalscope.evals import judges
 from refusalscope.inputs import prompts
 from refusalscope.inputs.chat import ChatModel

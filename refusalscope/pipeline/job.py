@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
-from refusalscope.core.types import fingerprint
 from refusalscope.inputs import presets, prompts
 from refusalscope.inputs.chat import ChatModel, choose_device
 from refusalscope.inputs.saes import SaeBank

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 from refusalscope import __version__
+from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store, to_json
-from refusalscope.core.types import Finding, Prompts, Responses, SaeSlice, fingerprint
+from refusalscope.core.types import Finding, Prompts, Responses, SaeSlice
 from refusalscope.evals import capability, judges
 from refusalscope.mechanism.interventions import needed_features
 from refusalscope.pipeline.environment import versions
