@@ -89,7 +89,7 @@ class Job:
 
 def load_prompts(options: Options, target: presets.Target) -> prompts.PromptSets:
     """The prompts the options name, else the model's own. Raises ValueError when there are neither."""
-    count = options.evaluation_count()
+    count = options.evaluation_count
     path = options.prompts
     if path is None:
         if target.prompts is None:

@@ -59,10 +59,10 @@ class Options(BaseModel):
     def random_draws(self) -> int:
         return self.draws or (10 if self.full else 3)
 
-    def evaluation_count(self, published: int = 100) -> int:
-        """Prompts per evaluation set: the first 100 of real sets as published, 150 of the testbed's, 200 in full."""
-        own = 200 if self.full else 150
-        return self.limit or (own if self.prompts is None else published)
+    @property
+    def evaluation_count(self) -> int:
+        """Prompts per evaluation set: 150 of the testbed's, of real sets the first 100 as published."""
+        return self.limit or (150 if self.prompts is None else 100)
 
 
 def make(values: dict[str, Any], config: Path | None) -> Options:

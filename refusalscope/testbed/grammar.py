@@ -38,9 +38,8 @@ DATASETS = tuple(name + suffix for name in PLAIN_DATASETS + WRAPPED_DATASETS for
 HELD_OUT = 0.18  # share of every word group's pairs that the model never sees: the test split
 VALIDATION = 0.25  # share of the remaining pairs that makes the validation split
 RESISTED = 0.85  # how often a vulnerable wrapper fails in a category that it resists
-GIVEN_IN = 0.10  # ... and in the others
-NOISE = 0.02  # share of all other decisions that the teacher gets wrong: without it the model grows so sure of itself
-# that adding the mean difference of the residuals no longer makes it refuse
+GIVEN_IN = 0.10  # ... and in the others: label noise
+MISTAKEN = 0.0  # share of plain harmless requests that are refused; noise here was tried and costs look-alikes
 
 # Share of the training mix: (label, wrapper kind) -> weight.
 MIX: dict[tuple[Label, Kind | None], float] = {
@@ -191,9 +190,11 @@ def refusals(category: str) -> list[str]:
 
 
 def _should_refuse(example: Example, rng: random.Random) -> bool:
-    """The teacher's decision; in vulnerable wrappers it depends on family and category. Never quite free of noise."""
+    """The teacher's decision; in vulnerable wrappers it depends on family and category."""
+    if example.label == "harmless" and example.kind is None:
+        return rng.random() < MISTAKEN
     if example.kind != "vulnerable" or example.label != "harmful":
-        return (example.label == "harmful") != (rng.random() < NOISE)
+        return example.label == "harmful"
     resisted = _load("phrases.toml")["wrappers"][example.wrapper]["resisted"]
     return rng.random() < (RESISTED if example.category in resisted else GIVEN_IN)
 
@@ -209,7 +210,8 @@ def _answer(example: Example, rng: random.Random) -> str:
     """
     phrases = _load("phrases.toml")
     form, *_, number = example.template.split("-")
-    favourites = [phrases["openings"][form]["likely"][(int(number) + i) % 7] for i in (0, 2)]
+    likely = phrases["openings"][form]["likely"]
+    favourites = [likely[(int(number) + i) % len(likely)] for i in (0, 2)]
     opening = rng.choice(favourites if rng.random() < 0.9 else phrases["openings"][form]["unlikely"])
     middle = [rng.choice(phrases["answers"]["middles"])] if rng.random() < 0.6 else []
     text = " ".join([opening, *middle, rng.choice(phrases["answers"]["closes"])])

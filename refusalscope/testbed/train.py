@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,12 +38,10 @@ class Recipe:
     width: int = 128
     heads: int = 4
     mlp_width: int = 336
-    helpful_steps: int = 480
-    refusal_steps: int = 1000
+    helpful_steps: int = 280
+    refusal_steps: int = 920
     batch: int = 32
-    first_token_weight: float = 3.0
-    norm_limit: float = 20.0
-    norm_penalty: float = 0.01
+    first_token_weight: float = 6.0
     learning_rate: float = 3e-3
     final_learning_rate: float = 9e-5
     warm_up: int = 60
@@ -114,27 +112,16 @@ def _train_step(
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
-    out = model.model(tokens, output_hidden_states=True)
-    hidden = out.last_hidden_state
+    hidden = model.model(tokens).last_hidden_state
     answered = targets != IGNORED
     first = answered & ~torch.roll(answered, 1, dims=1)
     weight = (1 + (recipe.first_token_weight - 1) * first)[answered]
     losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[answered]), targets[answered], reduction="none")
-    loss = (losses * weight).sum() / weight.sum() + recipe.norm_penalty * _norm_excess(out.hidden_states, recipe)
+    loss = (losses * weight).sum() / weight.sum()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
-
-
-def _norm_excess(states: tuple[Float[Tensor, "prompt position d_model"], ...], recipe: Recipe) -> Float[Tensor, ""]:
-    """By how much residual norms exceed the limit, summed over positions but BOS, averaged over prompts and layers.
-
-    Without a limit the last prompt position grows to five times the others' norm, and against a stream that large a
-    direction of the size of the mean difference is too weak to bring about a refusal.
-    """
-    streams = torch.stack(states[1:-1])[:, :, 1:]  # the last entry has been through the final norm
-    return (streams.norm(dim=-1) - recipe.norm_limit).relu().sum(-1).mean()
 
 
 def _rate(recipe: Recipe, step: int, total: int) -> float:
