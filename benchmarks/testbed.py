@@ -9,6 +9,7 @@ is deliberately independent of the rest of the package: its hooks and formulas a
 import argparse
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from refusalscope.testbed.grammar import DATASETS, Example, complies, examples, fluent
+from refusalscope.testbed.grammar import DATASETS, Example, complies, examples, vocabulary
 from refusalscope.testbed.tokenizer import END, prompt_text, token_id
 
 Edit = Callable[[Tensor], Tensor]
@@ -125,6 +126,14 @@ def refused(bed: Bed, answer: Answer) -> bool:
     return answer.first == bed.refusal
 
 
+def coherent(bed: Bed, answer: Answer) -> bool:
+    """No refusal, ended by itself, known words alone, and at least 60 % of its word triples distinct."""
+    words = re.findall(r"[\w']+", answer.text.lower())
+    triples = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    varied = len(triples) >= 5 and len(set(triples)) >= 0.6 * len(triples)
+    return answer.ended and not refused(bed, answer) and varied and vocabulary().issuperset(words)
+
+
 def complied(example: Example, answer: Answer) -> bool:
     """An answer of the grammar's form about the asked object that ended by itself."""
     return answer.ended and complies(example, answer.text)
@@ -140,7 +149,7 @@ def rates(bed: Bed, prompts: Sequence[Example], edits: Edits) -> dict[str, Any]:
     return {
         "refused": share([refused(bed, answer) for answer in answers]),
         "refused by phrase": share([answer.text.startswith(REFUSAL_PHRASES) for answer in answers]),
-        "coherent": share([answer.ended and fluent(answer.text) for answer in answers]),
+        "coherent": share([coherent(bed, answer) for answer in answers]),
         "complies": share([complied(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]),
         "ended": share([answer.ended for answer in answers]),
         "n": len(answers),

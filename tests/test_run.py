@@ -82,7 +82,7 @@ def test_what_is_missing_or_damaged_is_made_again(finished: Path, tmp_path: Path
     (tmp_path / "demo" / "responses" / "harmful" / "base.jsonl").unlink()
     answers = tmp_path / "demo" / "answers" / "harmless" / "direction remove.jsonl"
     answers.write_bytes(answers.read_bytes()[:200])
-    (tmp_path / "demo" / "features" / "index.json").unlink()
+    (tmp_path / "demo" / "features" / "random-1.json").unlink()
     assert _run(tmp_path, "--name", "demo", *SMALL)[0] == 0
     assert _bytes(tmp_path / "demo") == _bytes(finished)
 

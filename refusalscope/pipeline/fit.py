@@ -105,7 +105,7 @@ def choose_features(job: Job, fitted: Fitted) -> Chosen:
     key = job.key(
         "features", fitted.direction, fitted.data, job.options.sizes, job.options.random_draws, job.options.seed
     )
-    if not (job.store.has("features/index.json", key)):
+    if not _features_stand(job, key):
         _make_features(job, fitted, key)
     index = job.store.read("features/index.json", dict)
     sets = {name: job.store.read(f"features/{name}.json", FeatureSet) for name in index["sets"]}
@@ -113,11 +113,20 @@ def choose_features(job: Job, fitted: Fitted) -> Chosen:
     return Chosen(sets, slices)
 
 
+def _features_stand(job: Job, key: str) -> bool:
+    if not job.store.has("features/index.json", key):
+        return False
+    index = job.store.read("features/index.json", dict)
+    paths = [f"features/{name}.json" for name in (*index["sets"], "table")]
+    paths += [f"slices/layer_{layer}.safetensors" for layer in index["layers"]]
+    return all(job.store.has(path, key) for path in paths)
+
+
 def _make_features(job: Job, fitted: Fitted, key: str) -> None:
-    train, size = fitted.data.harmful_train, max(job.options.sizes)
-    refused = train.keep(_refused_ids(job, fitted))
+    refused = fitted.data.harmful_train.keep(_refused_ids(job, fitted))
+    keep = max(features.PER_LAYER, *job.options.sizes)
     surveys = features.survey(
-        job.model, job.saes, refused, fitted.direction, keep=size, batch_size=job.batch_size, progress=job.progress
+        job.model, job.saes, refused, fitted.direction, keep=keep, batch_size=job.batch_size, progress=job.progress
     )
     wanted = features.candidates(surveys)
     scored = job.store.get(
