@@ -37,7 +37,10 @@ PromptFile = Annotated[
 ]
 Columns = Annotated[str | None, typer.Option(help="Your file's columns: text=NAME,label=NAME,category=NAME.")]
 Label = Annotated[str | None, typer.Option(help="Label of a file without a label column: harmful or harmless.")]
-Limit = Annotated[int | None, typer.Option(help="Prompts per evaluation set: 150 of the testbed, 100 of others.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(help="Prompts per set (testbed: 150, others: 100); fitting sets of the testbed keep 32 and 16."),
+]
 Full = Annotated[bool | None, typer.Option("--full", help="The testbed's whole grid; more sets, sizes and draws.")]
 SetSize = Annotated[int | None, typer.Option("--k", help="Features per set, K*. [default: 20]")]
 Draws = Annotated[int | None, typer.Option(help="Random control sets. [default: 3, under --full 10]")]

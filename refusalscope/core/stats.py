@@ -53,7 +53,7 @@ def mean(
     values: Sequence[float],
     clusters: Sequence[str] | None = None,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[int | float] | None = None,
     seed: int = 0,
     resamples: int = 2000,
 ) -> Estimate:

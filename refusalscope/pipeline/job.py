@@ -94,7 +94,13 @@ def load_prompts(options: Options, target: presets.Target) -> prompts.PromptSets
     if path is None:
         if target.prompts is None:
             raise ValueError(f"model {target.name} has no prompts of its own: name some with --prompts")
-        return prompts.from_testbed(count=count, full=options.full)
+        fewer = options.limit or prompts.TRAIN_COUNT
+        return prompts.from_testbed(
+            count=count,
+            full=options.full,
+            train=min(prompts.TRAIN_COUNT, max(32, fewer)),
+            validation=min(prompts.VALIDATION_COUNT, max(16, fewer)),
+        )
     if path.is_dir():
         return prompts.from_refusal_direction(path, count=count)
     return prompts.from_file(path, columns=options.columns, label=options.label, count=count)
