@@ -160,7 +160,8 @@ def test_a_truncated_asset_is_named_with_its_checksum(tmp_path: Path, monkeypatc
     copy = shutil.copytree(shipped.ASSETS, tmp_path / "assets")
     weights = copy / "saes" / "layer_3" / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    monkeypatch.setattr(shipped.verify, "__defaults__", (copy,))
+    whole = shipped.verify
+    monkeypatch.setattr(shipped, "verify", lambda: whole(copy))
     code, _, err = _run(tmp_path / "runs")
     assert (code, err.count("\n")) == (2, 1)
     assert "layer_3" in err
