@@ -133,7 +133,8 @@ def find_refusal_tokens(
     if not found:
         raise TooFewPrompts(
             f"none of the {len(data.harmful_train)} harmful train prompts is recognisably refused by {model.name}: no "
-            "first token sets these answers apart and leads to refusals; name one with --refusal-token"
+            "first token opens 5 % of these answers, five times as often as answers to harmless prompts, and leads to "
+            "refusals (a model that refuses both alike shows none); name one with --refusal-token"
         )
     return tuple(found)
 
