@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 
 from refusalscope.core.types import LayerScores, Prompts
 from refusalscope.mechanism import direction
-from refusalscope.mechanism.direction import FirstTokens, FitData, TooFewPrompts, choose_layer, refusal_score
+from refusalscope.mechanism.direction import FirstTokens, FitData, NoDirection, choose_layer, refusal_score
 from tests import tiny
 
 
 def _scores(layer: int, *, kl: float, removed: float, added: float) -> LayerScores:
     return LayerScores(layer, kl, removed, added, 0.0, 0.0)
+
+
+COUNTS = {"harmful_train_kept": 30, "harmless_train_kept": 40}
 
 
 def _data(count: int = 20) -> FitData:
@@ -42,7 +45,7 @@ def test_the_lowest_removed_score_wins_and_ties_go_to_the_lower_kl() -> None:
         _scores(3, kl=0.20, removed=-9.0, added=1.0),
         _scores(4, kl=0.01, removed=-9.0, added=-1.0),
     ]
-    assert choose_layer(scores) == (2, ())
+    assert choose_layer(scores, COUNTS) == (2, ())
 
 
 def test_the_kl_bound_is_relaxed_with_a_caveat_when_no_layer_meets_it() -> None:
@@ -52,14 +55,14 @@ def test_the_kl_bound_is_relaxed_with_a_caveat_when_no_layer_meets_it() -> None:
         _scores(2, kl=0.26, removed=-9.0, added=1.0),
         _scores(3, kl=0.01, removed=-9.0, added=-1.0),
     ]
-    layer, notes = choose_layer(scores)
+    layer, notes = choose_layer(scores, COUNTS)
     assert layer == 1
     assert "relaxed to 0.250" in notes[0]
 
 
 def test_no_layer_that_induces_refusal_names_the_override() -> None:
-    with pytest.raises(ValueError, match="--best-layer"):
-        choose_layer([_scores(0, kl=0.0, removed=-9.0, added=-0.1)])
+    with pytest.raises(NoDirection, match=r"30 refused harmful and 40 answered harmless.*--best-layer"):
+        choose_layer([_scores(0, kl=0.0, removed=-9.0, added=-0.1)], COUNTS)
 
 
 def test_means_are_the_difference_of_last_position_residuals() -> None:
@@ -108,17 +111,18 @@ def test_prompts_that_contradict_their_label_are_dropped_and_counted() -> None:
 def test_too_few_refused_prompts_say_how_many() -> None:
     data = _data()
     first = {name: FirstTokens(torch.tensor([5] * 3 + [6] * 17)) for name in FitData.__annotations__}
-    with pytest.raises(TooFewPrompts, match=r"only 3 of 20 harmful train prompts are refused.*--keep-unrefused"):
+    with pytest.raises(NoDirection, match=r"only 3 of 20 harmful train prompts are refused.*--keep-unrefused"):
         direction.filter_prompts(data, first, [5], keep_unrefused=False)
 
 
 def test_a_token_must_be_distinctive_and_lead_to_refusals() -> None:
-    harmful, harmless = FirstTokens(torch.tensor([5] * 15 + [6] * 5)), FirstTokens(torch.tensor([6] * 20))
+    harmful, harmless = FirstTokens(torch.tensor([5] * 15 + [6] * 5)), FirstTokens(torch.tensor([5] * 9 + [6] * 11))
     assert direction.distinctive_first_tokens(harmful, harmless) == (5,)
+    assert direction.distinctive_first_tokens(harmful, harmful) == ()
     model, data = tiny.chat_model(), _data()
     first = dict.fromkeys(FitData.__annotations__, harmless) | {"harmful_train": harmful}
     assert direction.find_refusal_tokens(model, data, first, lambda text: True) == (5,)
-    with pytest.raises(TooFewPrompts, match="recognisably refused"):
+    with pytest.raises(NoDirection, match="recognisably refused"):
         direction.find_refusal_tokens(model, data, first, lambda text: False)
 
 

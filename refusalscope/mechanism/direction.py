@@ -40,8 +40,8 @@ class FitData:
     harmless_validation: Prompts
 
 
-class TooFewPrompts(ValueError):
-    """Too few prompts survived the filter to fit a direction on."""
+class NoDirection(ValueError):
+    """These prompts give no direction: too few are refused, or adding it induces refusal at no layer."""
 
 
 class FirstTokens(NamedTuple):
@@ -66,9 +66,9 @@ def find(
 ) -> Direction:
     """Find the direction. The three overrides are recorded as caveats.
 
-    `is_refusal` tells a refusal by its text; it confirms the refusal tokens that are found. Raises TooFewPrompts when
-    no refusal token stands out or fewer than 16 train or 8 validation prompts of a class survive the filter, and
-    ValueError when no layer qualifies; each names the override that helps.
+    `is_refusal` tells a refusal by its text; it confirms the refusal tokens that are found. Raises NoDirection when no
+    refusal token is found, fewer than 16 train or 8 validation prompts of a class survive the filter, or no layer
+    qualifies; each names the override that helps.
     """
     caveats = _override_caveats(model, refusal_tokens, best_layer, keep_unrefused)
     first = {name: first_tokens(model, getattr(data, name), batch_size=batch_size) for name in data.__annotations__}
@@ -84,7 +84,7 @@ def find(
         progress("direction: validating layers", done, len(layers))
         candidates[layer] = Direction(vectors[layer], layer, _offsets(harmless, vectors[layer]), tokens, (), counts)
         scores.append(score_layer(model, candidates[layer], kept, plain, batch_size=batch_size))
-    chosen, notes = (best_layer, ()) if best_layer is not None else choose_layer(scores)
+    chosen, notes = (best_layer, ()) if best_layer is not None else choose_layer(scores, counts)
     best = candidates[chosen]
     return Direction(best.vector, chosen, best.offsets, tokens, tuple(scores), counts, (*caveats, *notes))
 
@@ -121,7 +121,7 @@ def find_refusal_tokens(
     """First tokens that set harmful train prompts apart and whose answers, by their text, mostly are refusals.
 
     The text is needed: a model that refuses nothing still opens its answers differently to different prompts.
-    Raises TooFewPrompts when there is none.
+    Raises NoDirection when there is none.
     """
     found = []
     for token in distinctive_first_tokens(first["harmful_train"], first["harmless_train"]):
@@ -131,27 +131,27 @@ def find_refusal_tokens(
         if sum(is_refusal(answer.text) for answer in answers) > len(answers) / 2:
             found.append(token)
     if not found:
-        raise TooFewPrompts(
+        raise NoDirection(
             f"none of the {len(data.harmful_train)} harmful train prompts is recognisably refused by {model.name}: no "
-            "first token opens 5 % of these answers, five times as often as answers to harmless prompts, and leads to "
-            "refusals (a model that refuses both alike shows none); name one with --refusal-token"
+            "first token opens 5 % of these answers, a larger share than of answers to harmless prompts, and leads to "
+            "refusals; name one with --refusal-token"
         )
     return tuple(found)
 
 
 def distinctive_first_tokens(harmful: FirstTokens, harmless: FirstTokens) -> tuple[int, ...]:
-    """Tokens that open at least 5 % of answers to harmful prompts, and five times as large a share as of harmless."""
+    """Tokens that open at least 5 % of answers to harmful prompts, and a larger share than of answers to harmless."""
     opens_harmful, opens_harmless = harmful.counts(), harmless.counts()
     n_harmful, n_harmless = max(1, len(harmful.argmax)), max(1, len(harmless.argmax))
     share = {token: count / n_harmful for token, count in opens_harmful.items()}
-    found = [t for t, part in share.items() if part >= 0.05 and part >= 5 * opens_harmless[t] / n_harmless]
+    found = [t for t, part in share.items() if part >= 0.05 and part > opens_harmless[t] / n_harmless]
     return tuple(sorted(found, key=lambda token: (-share[token], token)))
 
 
 def filter_prompts(
     data: FitData, first: Mapping[str, FirstTokens], tokens: Sequence[int], *, keep_unrefused: bool
 ) -> tuple[FitData, dict[str, int]]:
-    """Drop prompts whose first token contradicts their label; counts kept and dropped. Raises TooFewPrompts."""
+    """Drop prompts whose first token contradicts their label; counts kept and dropped. Raises NoDirection."""
     kept, counts = {}, {}
     for name in data.__annotations__:
         prompts: Prompts = getattr(data, name)
@@ -162,7 +162,7 @@ def filter_prompts(
         counts |= {f"{name}_kept": len(ids), f"{name}_dropped": len(prompts) - len(ids)}
         needed = MINIMUM_TRAIN if name.endswith("train") else MINIMUM_VALIDATION
         if len(ids) < needed:
-            raise TooFewPrompts(
+            raise NoDirection(
                 f"only {len(ids)} of {len(prompts)} {name.replace('_', ' ')} prompts are "
                 f"{'refused' if name.startswith('harmful') else 'answered'} by this model ({needed} are needed): "
                 "give more prompts, name its refusal token with --refusal-token, or keep them all with --keep-unrefused"
@@ -206,13 +206,18 @@ def mean_kl(before: Float[Tensor, "prompt vocabulary"], after: Float[Tensor, "pr
     return float((p.exp() * (p - q)).sum(-1).double().mean())
 
 
-def choose_layer(scores: Sequence[LayerScores]) -> tuple[int, tuple[str, ...]]:
-    """The layer and the caveats of choosing it. Raises ValueError when adding induces refusal at no layer."""
+def choose_layer(scores: Sequence[LayerScores], counts: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
+    """The layer and the caveats of choosing it. Raises NoDirection when adding induces refusal at no layer.
+
+    `counts` are those of `filter_prompts`; the error names how many prompts the direction rests on.
+    """
     inducing = [score for score in scores if score.added > 0]
     if not inducing:
-        raise ValueError(
-            "no layer qualifies: adding the direction makes this model refuse harmless prompts at none of the layers "
-            f"{scores[0].layer} to {scores[-1].layer}; name one with --best-layer to go on regardless"
+        raise NoDirection(
+            f"no layer qualifies: the direction from {counts['harmful_train_kept']} refused harmful and "
+            f"{counts['harmless_train_kept']} answered harmless train prompts, added at any of the layers "
+            f"{scores[0].layer} to {scores[-1].layer}, makes this model refuse harmless prompts at none; name one with "
+            "--best-layer to go on regardless"
         )
     gentle = [score for score in inducing if score.kl <= KL_BOUND]
     notes: tuple[str, ...] = ()

@@ -79,7 +79,7 @@ def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Directio
                 keep_unrefused=job.options.keep_unrefused,
                 progress=job.progress,
             )
-        except direction.TooFewPrompts as error:
+        except direction.NoDirection as error:
             if name == list(sources)[-1]:
                 raise
             notes.append(
