@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from refusalscope.core.scores import Attribution
     from refusalscope.core.store import Store
     from refusalscope.core.types import (
-        Attribution,
         Direction,
         Feature,
         FeatureSet,
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Store": "core.store",
-    "Attribution": "core.types",
+    "Attribution": "core.scores",
     "Direction": "core.types",
     "Feature": "core.types",
     "FeatureSet": "core.types",

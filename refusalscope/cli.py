@@ -43,6 +43,13 @@ Limit = Annotated[
 ]
 Full = Annotated[bool | None, typer.Option("--full", help="The testbed's whole grid; more sets, sizes and draws.")]
 SetSize = Annotated[int | None, typer.Option("--k", help="Features per set, K*. [default: 20]")]
+Method = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="A feature set to make: see the docs for the six; repeatable. [default: three]"),
+]
+Value = Annotated[
+    list[float] | None, typer.Option("--value", help="What to set features to when inducing refusal; repeatable.")
+]
 Draws = Annotated[int | None, typer.Option(help="Random control sets. [default: 3, under --full 10]")]
 Factor = Annotated[
     list[float] | None, typer.Option("--factor", help="Scaling factor to try on validation prompts; repeatable.")
@@ -58,32 +65,43 @@ Seed = Annotated[int | None, typer.Option(help="Seed of random sets and resample
 
 def run_chain(job: "Job") -> str:
     """The whole job: each line one arrow. Returns the page's path in the run folder."""
-    from refusalscope.pipeline import fit, measure
+    from refusalscope.pipeline import fit, measure, select
 
     fitted = fit.fit(job)
-    chosen = fit.choose_features(job, fitted)
-    finding = measure.run_benchmark(job, fitted, chosen)
+    chosen = select.choose_features(job, fitted)
+    measure.run_benchmark(job, fitted, chosen)
     measure.run_health(job, fitted)
-    measure.describe_run(job, fitted, finding)
+    measure.run_attribution(job, fitted, chosen)
+    measure.describe_run(job, fitted)
     return measure.write_report(job.store)
 
 
 def features_chain(job: "Job") -> str:
     """The first half: a direction and feature sets."""
-    from refusalscope.pipeline import fit
+    from refusalscope.pipeline import fit, select
 
-    fit.choose_features(job, fit.fit(job))
+    select.choose_features(job, fit.fit(job))
     return "features/table.json"
 
 
 def benchmark_chain(job: "Job") -> str:
     """As `run`, without the health of the SAEs and the page."""
-    from refusalscope.pipeline import fit, measure
+    from refusalscope.pipeline import fit, measure, select
 
     fitted = fit.fit(job)
-    finding = measure.run_benchmark(job, fitted, fit.choose_features(job, fitted))
-    measure.describe_run(job, fitted, finding)
+    measure.run_benchmark(job, fitted, select.choose_features(job, fitted))
+    measure.describe_run(job, fitted)
     return "findings/benchmark.json"
+
+
+def verify_chain(job: "Job") -> str:
+    """Hold the attributions of this model to their oracles."""
+    from refusalscope.pipeline import fit, measure, verify
+
+    fitted = fit.fit(job)
+    verify.run_verification(job, fitted)
+    measure.describe_run(job, fitted)
+    return measure.write_report(job.store)
 
 
 def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
@@ -101,8 +119,10 @@ def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
         limit: Limit = None,
         full: Full = None,
         k: SetSize = None,
+        methods: Method = None,
         draws: Draws = None,
         factors: Factor = None,
+        values: Value = None,
         refusal_token: Token = None,
         best_layer: BestLayer = None,
         keep_unrefused: KeepUnrefused = None,
@@ -111,21 +131,22 @@ def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
         device: Device = None,
         seed: Seed = None,
     ) -> None:
-        values = {key: value for key, value in locals().items() if key in OPTION_NAMES and value is not None}
+        given = {key: value for key, value in locals().items() if key in OPTION_NAMES and value is not None}
         with one_clear_line(), progress_bar() as progress:
-            drive(chain, values, folder=(name, runs), config=config, progress=progress)
+            drive(chain, given, folder=(name, runs), config=config, progress=progress)
 
     app.command(verb, help=text)(command)
 
 
 OPTION_NAMES = frozenset(
     (
-        *("model", "saes", "prompts", "columns", "label", "limit", "full", "k", "draws", "factors", "refusal_token"),
-        *("best_layer", "keep_unrefused", "max_new_tokens", "batch_size", "device", "seed"),
+        *("model", "saes", "prompts", "columns", "label", "limit", "full", "k", "methods", "draws", "factors"),
+        *("values", "refusal_token", "best_layer", "keep_unrefused", "max_new_tokens", "batch_size", "device", "seed"),
     )
 )
 add_verb("run", run_chain, "Find the features behind refusal, edit them, measure what changes, write the report.")
 add_verb("features", features_chain, "Only find the direction and the feature sets.")
+add_verb("verify", verify_chain, "Check on this model that attributions are computed right and predict interventions.")
 add_verb("benchmark", benchmark_chain, "As run, without the report.")
 
 

@@ -43,8 +43,13 @@ def attribute(
     metric: tuple[Tensor, Tensor],
     nodes: Sequence[float],
     weights: Sequence[float],
+    ends_after_removal: bool = True,
 ) -> Naive:
-    """`layers` are the model's decoder layers, `saes` SAELens objects, `metric` the tokens (j, r) of each prompt."""
+    """`layers` are the model's decoder layers, `saes` SAELens objects, `metric` the tokens (j, r) of each prompt.
+
+    Published (`ends_after_removal` False): features of the residual after the layer's removal, their error term taken
+    from the residual before it.
+    """
     inputs = {
         "input_ids": tokens.ids,
         "attention_mask": tokens.mask.long(),
@@ -62,21 +67,25 @@ def attribute(
             for handle in handles:
                 handle.remove()
 
-    def capture(removed: bool) -> dict[int, Tensor]:
-        kept: dict[int, Tensor] = {}
+    def capture(removed: bool) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        before: dict[int, Tensor] = {}
+        after: dict[int, Tensor] = {}
 
         def edit(layer: int, residual: Tensor) -> Tensor:
-            kept[layer] = residual - (residual @ unit)[..., None] * unit if removed else residual
-            return kept[layer]
+            before[layer] = residual
+            after[layer] = residual - (residual @ unit)[..., None] * unit if removed else residual
+            return after[layer]
 
         with torch.no_grad():
             forward(edit)
-        return kept
+        return before, after
 
-    clean_residual, patched_residual = capture(False), capture(True)
+    clean_residual, _ = capture(False)
+    before_removal, patched_residual = capture(True)
+    end = patched_residual if ends_after_removal else before_removal
     clean = {layer: saes[layer].encode(clean_residual[layer]) for layer in saes}
     patched = {layer: saes[layer].encode(patched_residual[layer]) for layer in saes}
-    patched_error = {layer: patched_residual[layer] - saes[layer].decode(patched[layer]) for layer in saes}
+    patched_error = {layer: end[layer] - saes[layer].decode(patched[layer]) for layer in saes}
     total = {layer: torch.zeros_like(clean_residual[layer]) for layer in saes}
     for node, weight in zip(nodes, weights, strict=True):
         outputs: dict[int, Tensor] = {}

@@ -1,18 +1,32 @@
 """The factored attribution equals the naive formulation; what it leaves out is counted."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from refusalscope.mechanism import attribution
-from refusalscope.mechanism.attribution import attribute, gauss_legendre, integrate
+from refusalscope.core.scores import Attribution
+from refusalscope.inputs.chat import ChatModel
+from refusalscope.mechanism import attribution, effects
+from refusalscope.mechanism import naive as shipped
+from refusalscope.mechanism.attribution import (
+    Scheme,
+    attribute,
+    gauss_legendre,
+    joint,
+    layerwise,
+    left_riemann,
+    trace,
+)
 from tests import naive, tiny
 
 NEAR = 1e-5
+FINE = 16
 
 
-def _dense(entries: attribution.Attribution, layer: int, shape: torch.Size) -> torch.Tensor:
+def _dense(entries: Attribution, layer: int, shape: torch.Size) -> torch.Tensor:
     dense = torch.zeros(shape)
     here = entries.layer == layer
     position = entries.position[here].long() + shape[1]
@@ -20,15 +34,22 @@ def _dense(entries: attribution.Attribution, layer: int, shape: torch.Size) -> t
     return dense
 
 
+SCHEMES = {
+    "sound": (attribution.sound(), gauss_legendre(5), True),
+    "paper": (attribution.paper(), left_riemann(10), False),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("family", ["gemma2", "llama"])
 @pytest.mark.parametrize("mode", ["candidates", "all features"])
-def test_factored_equals_naive(family: str, mode: str, tmp_path: Path) -> None:
-    model, saes, direction, rule = tiny.chat_model(family), tiny.bank(tmp_path), tiny.direction(), gauss_legendre(5)
+def test_factored_equals_naive(family: str, mode: str, scheme: str, tmp_path: Path) -> None:
+    model, saes, direction = tiny.chat_model(family), tiny.bank(tmp_path), tiny.direction()
+    chosen, rule, ends_after = SCHEMES[scheme]
     prompts = tiny.prompts()
     wanted = None if mode == "all features" else {layer: [1, 5, 8, 17, 40, 63, 95] for layer in range(4)}
-    ours = attribute(model, saes, prompts, direction, candidates=wanted, rule=rule, batch_size=len(prompts))
+    ours = attribute(model, saes, prompts, direction, candidates=wanted, scheme=chosen, batch_size=len(prompts))
     tokens = model.tokens(prompts)
-    metric = integrate(model, tokens, direction, layers=[0], rule=rule).metric
     opened = {layer: saes.layer(layer).sae for layer in saes.layers}
     oracle = naive.attribute(
         model.model,
@@ -36,9 +57,10 @@ def test_factored_equals_naive(family: str, mode: str, tmp_path: Path) -> None:
         opened,
         tokens,
         direction.unit,
-        metric=(metric.answer, metric.refusal),
+        metric=(ours.answer, ours.refusal),
         nodes=rule.nodes,
         weights=rule.weights,
+        ends_after_removal=ends_after,
     )
     exempt = compared = 0
     for layer, expected in oracle.attribution.items():
@@ -56,11 +78,140 @@ def test_factored_equals_naive(family: str, mode: str, tmp_path: Path) -> None:
     assert exempt <= compared * 1e-3, f"{exempt} of {compared} features lie within {NEAR} of their threshold"
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_shipped_naive_formulation_equals_ours(scheme: str, tmp_path: Path) -> None:
+    model, saes, direction = tiny.chat_model(), tiny.bank(tmp_path), tiny.direction()
+    chosen, rule, _ = SCHEMES[scheme]
+    part = trace(model, model.tokens(tiny.prompts()), direction, layers=range(4), scheme=chosen)
+    opened = {layer: saes.layer(layer) for layer in saes.layers}
+    expected = shipped.attribute(model, opened, part, rule)
+    for layer, sae in opened.items():
+        entries = attribution.layer_entries(sae, [part], None)[0]
+        inside = expected[layer][entries.prompt, entries.position + part.ids.shape[1], entries.feature]
+        torch.testing.assert_close(entries.value, inside, atol=1e-4 * float(expected[layer].abs().max()), rtol=0)
+
+
+def test_the_papers_path_ends_before_each_layers_own_removal() -> None:
+    model, direction = tiny.chat_model(), tiny.direction()
+    tokens = model.tokens(tiny.prompts())
+    sound, paper = (trace(model, tokens, direction, layers=range(4), scheme=s) for s, _, _ in SCHEMES.values())
+    assert sound.end is None
+    assert paper.end is not None
+    assert torch.equal(sound.patched, paper.patched)
+    excess = (paper.end @ direction.unit)[..., None] * direction.unit
+    torch.testing.assert_close(paper.end - excess, paper.patched, atol=1e-4, rtol=1e-4)
+    assert excess[:, tokens.mask].norm(dim=-1).max() > 0.1
+
+
+def _float64_model() -> ChatModel:
+    """A tiny Llama in float64 throughout: transformers computes its norms in float32 whatever the model's type."""
+    model = tiny.chat_model(dtype=torch.float64)
+    norms = [part for part in model.model.modules() if isinstance(part, LlamaRMSNorm)]
+    assert norms
+    for part in norms:
+
+        def forward(z: torch.Tensor, norm: LlamaRMSNorm = part) -> torch.Tensor:
+            return norm.weight * z * (z.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+
+        part.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+def test_layerwise_gradients_equal_finite_differences() -> None:
+    model, direction = _float64_model(), tiny.direction()
+    tokens = model.tokens(tiny.prompts())
+    part = trace(model, tokens, direction, layers=range(4), scheme=layerwise(gauss_legendre(1)))
+    generator, step = torch.Generator().manual_seed(3), 1e-5
+
+    def metric(layer: int, residual: torch.Tensor) -> torch.Tensor:
+        return effects.metric_under(model, part, {layer: lambda _z, _batch: residual}).metric
+
+    for layer in range(4):
+        middle = (part.clean[layer] + part.patched[layer]) / 2
+        for _ in range(5):
+            way = torch.randn(middle.shape, generator=generator, dtype=torch.float64) * tokens.mask[..., None]
+            measured = (metric(layer, middle + step * way) - metric(layer, middle - step * way)) / (2 * step)
+            slope = (part.gradient[layer] * way).sum((1, 2))
+            torch.testing.assert_close(slope, measured, atol=1e-5 * float(slope.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_layerwise_is_complete(family: str, tmp_path: Path) -> None:
+    model, saes, direction = tiny.chat_model(family), tiny.bank(tmp_path), tiny.direction()
+    part = trace(
+        model, model.tokens(tiny.prompts()), direction, layers=range(4), scheme=layerwise(gauss_legendre(FINE))
+    )
+    gap = (part.metric_patched - part.metric_clean).abs()
+    for layer in range(4):
+        totals = attribution.layer_totals(saes.layer(layer), [part])
+        entries = attribution.layer_entries(saes.layer(layer), [part], None)[0]
+        listed = torch.zeros(len(gap)).index_add_(0, entries.prompt, entries.value)
+        torch.testing.assert_close(listed, totals.features, atol=1e-3, rtol=1e-3)
+        effect = effects.swap_layer(model, part, layer)
+        assert ((totals.features + totals.error - effect).abs() <= 1e-3 * gap).all(), f"layer {layer}"
+
+
+def test_left_riemann_converges_to_the_same_value_as_one_over_n() -> None:
+    model, direction = tiny.chat_model(), tiny.direction()
+    tokens = model.tokens(tiny.prompts())
+
+    def total(rule: attribution.Quadrature) -> torch.Tensor:
+        part = trace(model, tokens, direction, layers=[1], scheme=layerwise(rule))
+        return (part.gradient * (part.patched - part.clean)).sum((0, 2, 3))
+
+    exact = total(gauss_legendre(FINE))
+    errors = [float((total(left_riemann(nodes)) - exact).abs().mean()) for nodes in (32, 64, 128, 256)]
+    for coarse, fine in pairwise(errors):
+        assert 1.7 <= coarse / fine <= 2.3, errors
+
+
+def test_gradient_is_one_backward_at_the_clean_run() -> None:
+    model, direction = tiny.chat_model(), tiny.direction()
+    tokens = model.tokens(tiny.prompts())
+    part = trace(model, tokens, direction, layers=range(4), scheme=attribution.gradient())
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int):
+        def edit(residual: torch.Tensor, _batch: object) -> torch.Tensor:
+            kept[layer] = residual if residual.requires_grad else residual.requires_grad_(True)
+            return kept[layer]
+
+        return edit
+
+    with torch.enable_grad():
+        logits = model.run(tokens, edits={layer: keep(layer) for layer in range(4)}, logits=1).logits[:, -1]
+        rows = torch.arange(len(logits))
+        total = (logits[rows, part.answer] - logits[rows, part.refusal]).sum()
+        expected = torch.autograd.grad(total, [kept[layer] for layer in range(4)])
+    for layer in range(4):
+        torch.testing.assert_close(part.gradient[layer], expected[layer])
+
+
+def test_nodes_are_doubled_until_the_gradient_stands_still() -> None:
+    model, direction, prompts = tiny.chat_model(), tiny.direction(), tiny.prompts()
+    coarse = attribution.enough_nodes(
+        model, prompts, direction, layers=range(4), rule=lambda n: Scheme("x", joint(left_riemann(n)))
+    )
+    assert [check.nodes for check in coarse] == [5 * 2**i for i in range(len(coarse))]
+    assert all(check.change > attribution.NODE_TOLERANCE for check in coarse[:-1])
+    assert coarse[-1].change <= attribution.NODE_TOLERANCE or coarse[-1].nodes == attribution.MOST_NODES
+    assert attribution.enough_nodes(model, prompts, direction, layers=range(4))[-1].nodes <= coarse[-1].nodes
+
+
+def test_candidates_are_the_columns_of_the_whole(tmp_path: Path) -> None:
+    model, saes, direction, prompts = tiny.chat_model(), tiny.bank(tmp_path), tiny.direction(), tiny.prompts()
+    whole = attribute(model, saes, prompts, direction, batch_size=3)
+    some = attribute(model, saes, prompts, direction, candidates={2: [8, 40]}, batch_size=3)
+    inside = (whole.layer == 2) & torch.isin(whole.feature, torch.tensor([8, 40]))
+    assert len(some.value) == int(inside.sum()) > 0
+    assert whole.length.tolist() == model.tokens(prompts).mask.sum(1).tolist()
+
+
 def _near_threshold(model, sae, layer, tokens, direction) -> torch.Tensor:
     """Features whose clean or patched pre-activation is so near its threshold that rounding decides."""
-    path = integrate(model, tokens, direction, layers=[layer], rule=gauss_legendre(1))
+    path = trace(model, tokens, direction, layers=[layer], scheme=attribution.gradient())
     near = torch.zeros(())
-    for residual in (path.clean[layer], path.patched[layer]):
+    for residual in (path.clean[0], path.patched[0]):
         before = (residual - sae.b_dec * sae.cfg.apply_b_dec_to_input) @ sae.W_enc + sae.b_enc
         near = near + ((before - sae.threshold).abs() < NEAR)
     return near > 0

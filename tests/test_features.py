@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refusalscope.core.types import Attribution, Feature, FeatureSet
+from refusalscope.core.scores import Attribution, Scores
+from refusalscope.core.types import Feature, FeatureSet
 from refusalscope.mechanism import features
+from refusalscope.mechanism.attribution import attribute, sound, trace
 from refusalscope.mechanism.features import LayerSurvey, by_cosine, choose, per_prompt, prompt_scores, random_like
 from tests import tiny
 
@@ -18,20 +20,24 @@ def named(*pairs: tuple[int, int]) -> list[Feature]:
     return [Feature(*pair) for pair in pairs]
 
 
+def scored(listed: list[Feature], values: torch.Tensor, method: str = "x") -> Scores:
+    return Scores(method, tuple(f"p{i}" for i in range(len(values))), tuple(listed), values)
+
+
 def test_ties_go_by_layer_and_index_and_only_positive_scores_count() -> None:
     listed = named((2, 1), (0, 7), (2, 0), (1, 3), (1, 4), (0, 0))
     row = [0.5, 0.5, 0.5, -0.9, 0.0, 0.75]
-    chosen = choose("x", listed, torch.tensor([row, row]), 3).features
+    chosen = choose(scored(listed, torch.tensor([row, row])), 3).features
     assert list(chosen.features) == named((0, 0), (0, 7), (2, 0))
     assert chosen.scores == (0.75, 0.5, 0.5)
     # Fewer than K is what there is: no feature of zero or negative score fills the set.
-    assert len(choose("x", listed, torch.tensor([row, row]), 20).features) == 4
-    assert len(choose("x", listed, -torch.ones(2, 6), 20).features) == 0
+    assert len(choose(scored(listed, torch.tensor([row, row])), 20).features) == 4
+    assert len(choose(scored(listed, -torch.ones(2, 6)), 20).features) == 0
 
 
 def test_the_mean_over_prompts_decides() -> None:
     scores = torch.tensor([[3.0, 1.0, -2.0], [-3.5, 1.0, 4.0]])
-    made = choose("x", named((0, 0), (0, 1), (0, 2)), scores, 2)
+    made = choose(scored(named((0, 0), (0, 1), (0, 2)), scores), 2)
     assert list(made.features.features) == named((0, 1), (0, 2))
     assert made.features.scores == (1, 1)
     assert made.chosen == (1, 0.5)
@@ -40,8 +46,8 @@ def test_the_mean_over_prompts_decides() -> None:
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=4, max_size=4), min_size=1, max_size=6), st.integers(1, 5))
 def test_shares_are_shares_and_run_parallel(rows: list[list[int]], k: int) -> None:
     listed, scores = named((0, 0), (0, 1), (1, 0), (1, 1)), torch.tensor(rows).float()
-    made = choose("x", listed, scores, k, seed=1)
-    assert made == choose("x", listed, scores, k, seed=1)
+    made = choose(scored(listed, scores), k, seed=1)
+    assert made == choose(scored(listed, scores), k, seed=1)
     assert len(made.features) == len(made.chosen) == len(made.stability) <= k
     assert all(0 <= share <= 1 for share in (*made.chosen, *made.stability))
     if len(rows) == 1:
@@ -50,7 +56,7 @@ def test_shares_are_shares_and_run_parallel(rows: list[list[int]], k: int) -> No
 
 def test_a_feature_of_every_prompt_is_stable_and_one_of_few_is_not() -> None:
     scores = torch.tensor([[1.0, 0.0]] * 9 + [[1.0, 9.0]])
-    made = choose("x", named((0, 0), (0, 1)), scores, 2)
+    made = choose(scored(named((0, 0), (0, 1)), scores), 2)
     assert dict(zip(map(str, made.features.features), made.chosen, strict=True)) == {"0/0": 1, "0/1": 0.1}
     stability = dict(zip(map(str, made.features.features), made.stability, strict=True))
     assert stability["0/0"] == 1
@@ -60,8 +66,8 @@ def test_a_feature_of_every_prompt_is_stable_and_one_of_few_is_not() -> None:
 
 def test_local_sets_are_each_prompts_own() -> None:
     scores = torch.tensor([[3.0, 1.0, -2.0], [-3.5, 1.0, 4.0]])
-    local = per_prompt("x", named((0, 0), (0, 1), (0, 2)), scores, ["a", "b"], 1)
-    assert {name: list(made.features) for name, made in local.items()} == {"a": named((0, 0)), "b": named((0, 2))}
+    local = per_prompt(scored(named((0, 0), (0, 1), (0, 2)), scores), 1)
+    assert {name: list(made.features) for name, made in local.items()} == {"p0": named((0, 0)), "p1": named((0, 2))}
 
 
 def attribution(entries: list[tuple[int, int, int, int, float]], dropped: tuple[str, ...] = ()) -> Attribution:
@@ -73,7 +79,9 @@ def attribution(entries: list[tuple[int, int, int, int, float]], dropped: tuple[
         *whole,
         value=torch.tensor(columns[4]),
         scored=torch.tensor([2, 4, 2]),
-        error=torch.zeros(3, 4),
+        length=torch.tensor([5, 6, 4]),
+        answer=torch.zeros(3).long(),
+        refusal=torch.ones(3).long(),
         metric_clean=torch.zeros(3),
         metric_patched=torch.zeros(3),
         dropped=dropped,
@@ -93,14 +101,21 @@ ENTRIES = [  # prompt, layer, position, feature, value
 
 
 def test_scores_average_over_instruction_and_closing_alone() -> None:
-    listed, scores = prompt_scores(attribution(ENTRIES))
-    assert listed == named((1, 8), (1, 9), (3, 8))
-    assert scores.tolist() == [[0, 0, 3], [-0.5, 0, 1.5], [0, 3.5, 0]]
+    scores = prompt_scores(attribution(ENTRIES))
+    assert scores.features == tuple(named((1, 8), (1, 9), (3, 8)))
+    assert scores.values.tolist() == [[0, 0, 3], [-0.5, 0, 1.5], [0, 3.5, 0]]
 
 
 def test_dropped_prompts_are_left_out() -> None:
-    _, scores = prompt_scores(attribution(ENTRIES, dropped=("b",)))
-    assert scores.tolist() == [[0, 0, 3], [0, 3.5, 0]]
+    scores = prompt_scores(attribution(ENTRIES, dropped=("b",)))
+    assert scores.prompt_ids == ("a", "c")
+    assert scores.values.tolist() == [[0, 0, 3], [0, 3.5, 0]]
+
+
+def test_scores_may_average_over_more_of_the_prompt() -> None:
+    scores = prompt_scores(attribution(ENTRIES), last=torch.tensor([3, 5, 2]))
+    assert scores.features == tuple(named((1, 5), (1, 8), (1, 9), (3, 8)))
+    torch.testing.assert_close(scores.values[:, 3], torch.tensor([106 / 3, 106 / 5, 0]))
 
 
 def test_cosine_is_signed(tmp_path: Path) -> None:
@@ -118,14 +133,69 @@ def test_cosine_is_signed(tmp_path: Path) -> None:
 
 def test_a_survey_finds_candidates_and_mean_activations(tmp_path: Path) -> None:
     model, saes, direction, prompts = tiny.chat_model(), tiny.bank(tmp_path), tiny.direction(), tiny.prompts()
-    surveys = features.survey(model, saes, prompts, direction, keep=12, batch_size=4)
-    again = features.survey(model, saes, prompts, direction, keep=12, batch_size=1)
+    together = features.scored_residuals(model, prompts, saes.layers, batch_size=4)
+    singly = features.scored_residuals(model, prompts, saes.layers, batch_size=1)
+    assert torch.equal(together.prompt, singly.prompt)
+    surveys = [features.survey(saes.layer(layer), together, direction, keep=12) for layer in saes.layers]
+    again = [features.survey(saes.layer(layer), singly, direction, keep=12) for layer in saes.layers]
     for one, other in zip(surveys, again, strict=True):
         assert one.candidates == by_cosine(saes.layer(one.layer), direction, 12)
         torch.testing.assert_close(one.activation, other.activation, atol=1e-4, rtol=1e-4)
     assert {layer: len(found) for layer, found in features.candidates(surveys).items()} == dict.fromkeys(range(4), 10)
     best = features.cosine(surveys, 12)
     assert list(best.scores) == sorted((s for one in surveys for s in one.candidates.scores), reverse=True)[:12]
+
+
+def test_all_features_score_as_the_sparse_attribution_says(tmp_path: Path) -> None:
+    model, saes, direction, prompts = tiny.chat_model(), tiny.bank(tmp_path), tiny.direction(), tiny.prompts()
+    traces = [
+        trace(model, tokens, direction, layers=saes.layers, scheme=sound()) for _, tokens in model.batches(prompts, 4)
+    ]
+    sparse = prompt_scores(attribute(model, saes, prompts, direction, batch_size=4))
+    dense = features.join([features.layer_scores(saes.layer(layer), traces, k=5) for layer in saes.layers])
+    assert dense.prompt_ids == sparse.prompt_ids
+    found = {feature: column for column, feature in enumerate(dense.features)}
+    moving = [column for column in range(len(sparse.features)) if sparse.values[:, column].any()]
+    columns = [found[sparse.features[column]] for column in moving]
+    torch.testing.assert_close(dense.values[:, columns], sparse.values[:, moving], atol=1e-5, rtol=1e-4)
+    assert choose(dense, 5).features.features == choose(sparse, 5).features.features
+
+
+def test_only_the_best_features_are_kept_and_no_prompts_own_best_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "KEPT", 2)
+    values = torch.zeros(3, 50)
+    values[:, 7], values[:, 9], values[1, 30], values[2, 31] = 5.0, 4.0, 6.0, -9.0
+    kept = features._kept("x", ("a", "b", "c"), 3, values, 1)
+    assert kept.features == tuple(named((3, 7), (3, 9), (3, 30)))
+    assert torch.equal(kept.values, values[:, [7, 9, 30]])
+
+
+def test_largest_activations_are_those_of_every_token(tmp_path: Path) -> None:
+    model, saes, prompts = tiny.chat_model(), tiny.bank(tmp_path), tiny.prompts()
+    residuals = features.scored_residuals(model, prompts, [2], batch_size=4)
+    best = features.highest(saes.layer(2), residuals)
+    for row in range(len(prompts)):
+        expected = saes.layer(2).encode(residuals.layers[2][residuals.prompt == row]).amax(0)
+        torch.testing.assert_close(best[row], expected)
+    part = saes.layer(2).slice([5, 40])
+    torch.testing.assert_close(features.highest(part, residuals), best[:, [5, 40]], atol=1e-5, rtol=1e-4)
+
+
+def test_the_difference_of_means_decides_and_is_resampled_on_both_sides() -> None:
+    listed = named((0, 0), (0, 1), (0, 2))
+    harmful = scored(listed, torch.tensor([[4.0, 1.0, 9.0]] * 9 + [[4.0, 31.0, 9.0]]))
+    harmless = scored(listed, torch.tensor([[1.0, 0.0, 9.0]] * 6))
+    made = features.choose_difference(harmful, harmless, 2)
+    assert made.features.features == tuple(named((0, 1), (0, 0)))
+    assert made.features.scores == (4.0, 3.0)
+    assert made.chosen == (1.0, 1.0)  # 1 - 0 is positive in every prompt, and only two features differ at all
+    assert made.stability == (1.0, 1.0)
+
+
+def test_signed_sets_are_filled_with_negative_scores() -> None:
+    scores = scored(named((0, 0), (0, 1), (0, 2)), torch.tensor([[1.0, -2.0, -3.0]]))
+    assert list(choose(scores, 3, signed=True).features.features) == named((0, 0), (0, 1), (0, 2))
+    assert len(choose(scores, 3).features) == 1
 
 
 def surveyed(*activations: list[float]) -> list[LayerSurvey]:
@@ -203,8 +273,8 @@ def test_a_set_holds_each_feature_once_with_one_score() -> None:
 
 def test_the_parent_is_what_the_set_was_chosen_from() -> None:
     listed, scores = named((0, 0), (0, 1)), torch.ones(2, 2)
-    parent = choose("x", listed, scores, 1).features.parent
-    assert parent == choose("y", listed, scores, 2).features.parent
-    assert parent != choose("x", listed, 2 * scores, 1).features.parent
-    assert parent != choose("x", listed[::-1], scores, 1).features.parent
+    parent = choose(scored(listed, scores), 1).features.parent
+    assert parent == choose(scored(listed, scores, "y"), 2).features.parent
+    assert parent != choose(scored(listed, 2 * scores), 1).features.parent
+    assert parent != choose(scored(listed[::-1], scores), 1).features.parent
     assert math.isfinite(int(parent, 16))

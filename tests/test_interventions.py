@@ -11,11 +11,15 @@ from refusalscope.inputs.saes import SaeBank
 from refusalscope.inputs.template import Role
 from refusalscope.mechanism.interventions import (
     AddDirection,
+    HoldFeatures,
     Intervention,
     RemoveDirection,
     ScaleFeatures,
+    SetFeatures,
+    Together,
     editor,
     needed_features,
+    record,
 )
 from tests import tiny
 
@@ -70,7 +74,7 @@ def test_scaling_equals_decoding_edited_features_plus_error(
     torch.testing.assert_close(made.edits[layer](residual, batch), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["remove", "affine", "add", "scale", "per prompt"])
+@pytest.mark.parametrize("kind", ["remove", "affine", "add", "scale", "per prompt", "set", "together"])
 def test_batched_equals_one_at_a_time(model: ChatModel, saes: SaeBank, kind: str) -> None:
     intervention = _intervention(kind)
     together = _logits(model, saes, intervention)
@@ -88,6 +92,8 @@ def _intervention(kind: str) -> Intervention:
         "add": AddDirection(direction),
         "scale": ScaleFeatures(SET, -1.0),
         "per prompt": ScaleFeatures(per_prompt, -1.0),
+        "set": SetFeatures(SET, 1.5),
+        "together": Together((SetFeatures(OTHER, 1.5), RemoveDirection(direction), ScaleFeatures(SET, -1.0))),
     }[kind]
 
 
@@ -158,3 +164,83 @@ def test_bfloat16_edits_keep_untouched_positions_bit_identical(saes: SaeBank) ->
     tokens = model.tokens(tiny.prompts())
     edits = editor(ScaleFeatures(SET, -3.0), layers=4, slices=parts).edits
     assert torch.equal(model.run(tokens, edits=edits, logits=1).logits, model.run(tokens, logits=1).logits)
+
+
+@settings(max_examples=25, deadline=None)
+@given(value=st.floats(-4, 4), layer=st.integers(0, 3), chosen=st.sets(st.integers(0, 95), min_size=1, max_size=8))
+def test_setting_equals_decoding_the_constant_plus_error(
+    saes: SaeBank, value: float, layer: int, chosen: set[int]
+) -> None:
+    residual = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(layer))
+    sae = saes.layer(layer)
+    features = sae.encode(residual)
+    error = residual - sae.decode(features)
+    edited = features.clone()
+    edited[..., sorted(chosen)] = value
+    wanted = FeatureSet("test", tuple(Feature(layer, i) for i in sorted(chosen)), (1.0,) * len(chosen))
+    made = editor(SetFeatures(wanted, value), layers=4, slices=saes.slices(wanted.by_layer()))
+    batch = Batch(("a", "b"), torch.full((2, 5), int(Role.INSTRUCTION)))
+    torch.testing.assert_close(made.edits[layer](residual, batch), sae.decode(edited) + error, atol=1e-5, rtol=1e-5)
+
+
+def _held(model: ChatModel, saes: SaeBank, features: FeatureSet, *, batch_size: int = 4) -> HoldFeatures:
+    slices = saes.slices(needed_features(ScaleFeatures(features, 1.0)))
+    return HoldFeatures(features, record(model, tiny.prompts(), slices, batch_size=batch_size))
+
+
+def test_holding_what_is_there_changes_nothing(model: ChatModel, saes: SaeBank) -> None:
+    held = _logits(model, saes, _held(model, saes, SET))
+    torch.testing.assert_close(held, _logits(model, saes, None), atol=1e-4, rtol=1e-4)
+
+
+def test_held_features_take_their_unedited_values_under_another_edit(model: ChatModel, saes: SaeBank) -> None:
+    """Where scaling below moves features above, holding those puts the difference back, and only that."""
+    below = FeatureSet("test", tuple(Feature(0, index) for index in range(60)), (1.0,) * 60)
+    above = FeatureSet("test", tuple(Feature(2, index) for index in (4, 40, 77)), (1.0,) * 3)
+    scaled, tokens = ScaleFeatures(below, -2.0), model.tokens(tiny.prompts())
+    part = saes.slices({2: [4, 40, 77]})[2]
+
+    def residuals(intervention: Intervention | None) -> torch.Tensor:
+        made = editor(intervention, layers=4, slices=saes.slices(needed_features(intervention)))
+        return model.run(tokens, edits=made.edits, keep=[2]).residuals[2][tokens.mask]
+
+    plain, free = part.encode(residuals(None)), part.encode(residuals(scaled))
+    assert (free - plain).abs().max() > 0.1
+    expected = residuals(scaled) + (plain - free) @ part.decoder
+    held = residuals(Together((scaled, _held(model, saes, above))))
+    torch.testing.assert_close(held, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_holding_acts_on_the_answer_by_the_mean_or_not_at_all(model: ChatModel, saes: SaeBank) -> None:
+    held, tokens = _held(model, saes, SET), model.tokens(tiny.prompts())
+    parts = saes.slices(needed_features(held))
+    rows = Batch(tokens.prompt_ids, torch.full((len(tiny.TEXTS), 1), int(Role.RESPONSE)))
+    residual = torch.randn(len(tiny.TEXTS), 1, 32, generator=torch.Generator().manual_seed(1))
+    for layer, part in parts.items():
+        wanted = part.take(needed_features(held)[layer])
+        mean = torch.stack([held.held[name][layer].mean for name in tokens.prompt_ids])
+        expected = residual + ((mean[:, None] - wanted.encode(residual)) @ wanted.decoder)
+        edit = editor(held, layers=4, slices=parts).edits[layer]
+        torch.testing.assert_close(edit(residual, rows), expected, atol=1e-5, rtol=1e-5)
+        free = editor(HoldFeatures(SET, held.held, "free"), layers=4, slices=parts).edits[layer]
+        assert torch.equal(free(residual, rows), residual)
+
+
+def test_what_is_held_does_not_depend_on_the_batch(model: ChatModel, saes: SaeBank) -> None:
+    together, alone = _held(model, saes, SET), _held(model, saes, SET, batch_size=1)
+    for name, layers in together.held.items():
+        for layer, held in layers.items():
+            torch.testing.assert_close(held.values, alone.held[name][layer].values, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(held.mean, alone.held[name][layer].mean, atol=1e-4, rtol=1e-4)
+
+
+def test_interventions_together_act_in_turn_and_count_together(model: ChatModel, saes: SaeBank) -> None:
+    direction, tokens = tiny.direction(layer=2), model.tokens(tiny.prompts())
+    both = Together((AddDirection(direction), ScaleFeatures(SET, 0.0)))
+    made = editor(both, layers=4, slices=saes.slices(SET.by_layer()))
+    residual = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
+    batch = Batch(("a", "b"), torch.full((2, 5), int(Role.INSTRUCTION)))
+    scale = editor(ScaleFeatures(SET, 0.0), layers=4, slices=saes.slices(SET.by_layer())).edits[2]
+    assert torch.equal(made.edits[2](residual, batch), scale(residual + direction.vector, batch))
+    model.run(tokens, edits=made.edits)
+    assert made.changed >= 10 + int(tokens.mask.sum())

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from refusalscope.core import store
 from refusalscope.core.fingerprint import fingerprint
+from refusalscope.core.scores import Attribution, Scores, Trace
 from refusalscope.core.store import MANIFEST, Store
 from refusalscope.core.types import (
-    Attribution,
     Direction,
     Feature,
     FeatureSet,
@@ -48,10 +48,22 @@ def attribution(entries: int) -> Attribution:
         feature=whole(9, entries),
         value=torch.randn(entries),
         scored=torch.tensor([3, 4]),
-        error=torch.full((2, 4), NaN),
+        length=torch.tensor([9, 7]),
+        answer=torch.tensor([3, 4]),
+        refusal=torch.tensor([5, 5]),
         metric_clean=torch.randn(2),
         metric_patched=torch.randn(2),
         dropped=("b",),
+    )
+
+
+def trace(end: torch.Tensor | None) -> Trace:
+    residuals = torch.randn(2, 3, 4, 8)
+    tokens, chosen = torch.arange(12).view(3, 4), torch.tensor([1, 2, 3])
+    metric = torch.randn(3)
+    return Trace(
+        *(("a", "b", "c"), tokens, tokens % 4, (0, 5), residuals, residuals + 1, end, residuals * 2),
+        *(chosen, chosen + 1, metric, -metric, metric > 0),
     )
 
 
@@ -78,6 +90,9 @@ NOUNS: dict[str, Any] = {
     "bare direction": DIRECTION,
     "attribution": attribution(12),
     "empty attribution": attribution(0),
+    "trace": trace(None),
+    "trace that ends elsewhere": trace(torch.randn(2, 3, 4, 8).bfloat16()),
+    "scores": Scores("attribution", ("a", "b"), (Feature(3, 1), Feature(0, 2)), torch.randn(2, 2)),
     "slice": SaeSlice(2, torch.tensor([5, 1]), torch.randn(4, 2), torch.randn(2), torch.zeros(2), torch.randn(2, 4)),
     "features": FeatureSet("cosine", (Feature(1, 2), Feature(0, 9)), (0.5, NaN), "abc"),
     "no features": FeatureSet("none", (), ()),

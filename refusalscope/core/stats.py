@@ -96,6 +96,32 @@ def paired_difference(
     return Estimate(n, first - second, low, high, n / len(after))
 
 
+def rank_correlation(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Estimate:
+    """Spearman's rank correlation with a percentile bootstrap interval over the pairs; n counts the pairs.
+
+    Raises ValueError for fewer than three pairs or where one side does not vary at all.
+    """
+    x, y = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if len(x) != len(y) or len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        raise ValueError(f"a rank correlation needs at least three pairs that vary, got {len(x)} and {len(y)} values")
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(len(x), size=(1000, len(x)))
+    again = [_spearman(x[draw], y[draw]) for draw in draws if np.ptp(x[draw]) > 0 and np.ptp(y[draw]) > 0]
+    low, high = np.quantile(again, (0.025, 0.975))
+    return Estimate(len(x), _spearman(x, y), float(low), float(high), 1.0)
+
+
+def _spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks with ties at their mean."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2)[place]
+
+
 def mcnemar(after: Sequence[float], before: Sequence[float]) -> float:
     """Two-sided exact McNemar p-value: are the discordant pairs a fair coin? NaN pairs are left out."""
     gained = sum(1 for a, b in zip(after, before, strict=True) if a == 1 and b == 0)

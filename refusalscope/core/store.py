@@ -19,8 +19,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from refusalscope.core.scores import Attribution, Scores, Trace
 from refusalscope.core.types import (
-    Attribution,
     Direction,
     Feature,
     FeatureSet,
@@ -187,7 +187,7 @@ def write_tensors(value: Any) -> bytes:
 
 
 def _data(part: Any) -> Any:
-    if isinstance(part, tuple) and part and isinstance(part[0], LayerScores):
+    if isinstance(part, tuple) and part and isinstance(part[0], (LayerScores, Feature)):
         return [asdict(item) for item in part]
     return part
 
@@ -208,6 +208,18 @@ def _read_direction(content: bytes) -> Direction:
 def _read_attribution(content: bytes) -> Attribution:
     tensors, rest = _read_tensors(content)
     return Attribution(prompt_ids=tuple(rest["prompt_ids"]), dropped=tuple(rest["dropped"]), **tensors)
+
+
+def _read_trace(content: bytes) -> Trace:
+    tensors, rest = _read_tensors(content)
+    end = tensors.pop("end", None)
+    return Trace(prompt_ids=tuple(rest["prompt_ids"]), layers=tuple(rest["layers"]), end=end, **tensors)
+
+
+def _read_scores(content: bytes) -> Scores:
+    tensors, rest = _read_tensors(content)
+    features = tuple(Feature(**row) for row in rest["features"])
+    return Scores(rest["method"], tuple(rest["prompt_ids"]), features, tensors["values"])
 
 
 def _read_slice(content: bytes) -> SaeSlice:
@@ -259,6 +271,8 @@ CODECS: dict[type, Codec] = {
     Responses: (_write_responses, _read_responses),
     Direction: (write_tensors, _read_direction),
     Attribution: (write_tensors, _read_attribution),
+    Scores: (write_tensors, _read_scores),
+    Trace: (write_tensors, _read_trace),
     SaeSlice: (write_tensors, _read_slice),
     FeatureSet: (_write_features, _read_features),
     Finding: (_write_finding, _read_finding),

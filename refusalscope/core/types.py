@@ -107,35 +107,6 @@ class Direction:
         return self.vector / self.vector.norm()
 
 
-@dataclass(frozen=True)
-class Attribution:
-    """Sparse feature attributions of the refusal metric: one entry per prompt, layer, position and feature.
-
-    Positions count from the end of the prompt: -1 is the last one, so they do not depend on padding.
-    """
-
-    prompt_ids: tuple[str, ...]
-    prompt: Int[Tensor, "entry"]
-    layer: Int[Tensor, "entry"]
-    position: Int[Tensor, "entry"]
-    feature: Int[Tensor, "entry"]
-    value: Float[Tensor, "entry"]
-    """Attribution in units of the metric (logits)."""
-    scored: Int[Tensor, "prompt"]
-    """Instruction and closing tokens per prompt: the positions a feature's score is averaged over."""
-    error: Float[Tensor, "prompt layer"]
-    """The SAE error term's own score, summed over positions; NaN where only candidates were attributed."""
-    metric_clean: Float[Tensor, "prompt"]
-    metric_patched: Float[Tensor, "prompt"]
-    dropped: tuple[str, ...] = ()
-    """Ids of prompts whose first token stays a refusal token when the direction is removed."""
-
-    @property
-    def gap(self) -> Float[Tensor, "prompt"]:
-        """Metric of the patched run minus that of the clean run."""
-        return self.metric_patched - self.metric_clean
-
-
 @dataclass(frozen=True, order=True)
 class Feature:
     """One SAE feature."""

@@ -56,7 +56,7 @@ class Run(NamedTuple):
     residuals: dict[int, Float[Tensor, "prompt position d_model"]]
     """Layer -> the residual stream after that decoder layer, after its edit, on the CPU."""
     logits: Float[Tensor, "prompt kept vocabulary"]
-    """At the last positions asked for, float32; zero positions when none were asked for."""
+    """At the last positions asked for, float32 or better; zero positions when none were asked for."""
 
 
 class ChatModel:
@@ -149,7 +149,7 @@ class ChatModel:
                 self.model.get_decoder()(**inputs)
                 return Run(residuals, torch.empty(len(tokens.prompt_ids), 0, 0))
             output = self.model(**inputs, logits_to_keep=logits)
-        return Run(residuals, output.logits.float())
+        return Run(residuals, output.logits.to(torch.promote_types(output.logits.dtype, torch.float32)))
 
     def generate(self, tokens: Tokens, *, edits: Edits | None = None, max_new_tokens: int) -> tuple[Response, ...]:
         """Greedy answers with a KV cache, each ended by the model's own end-of-turn tokens or the limit.

@@ -27,6 +27,8 @@ class Target:
     """The model's own prompt source (`testbed`), or None."""
     max_new_tokens: int
     factors: tuple[float, ...]
+    values: tuple[float, ...]
+    """What features are set to when refusal is induced; empty: derive them from the features' activations."""
     identity: str
     """SHA-256 over the model's and the SAEs' files: it changes whenever a weight does."""
 
@@ -67,6 +69,7 @@ def resolve(name: str, saes: str | None) -> Target:
         prompts=settings.get("prompts"),
         max_new_tokens=settings.get("max_new_tokens", MAX_NEW_TOKENS),
         factors=tuple(settings.get("factors", FACTORS)),
+        values=tuple(settings.get("values", ())),
         identity=_digest([model, *folders.values()]),
     )
 

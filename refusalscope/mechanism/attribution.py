@@ -1,8 +1,9 @@
-"""Which features carry refusal: integrated gradients from the clean run to the direction-removed run.
+"""Which features carry refusal: gradients on the way from the clean run to the direction-removed run.
 
 The SAE leaves the loop (method 3a): decoding is linear and the error term restores the rest, so mixing features and
-error is mixing residuals, and a step is one forward and one backward of the bare model. Afterwards each layer's SAE is
-opened once, for the difference of activations and the matching decoder rows. Knows nothing of feature sets.
+error is mixing residuals, and a step is one forward and one backward of the bare model. That gives a `Trace`; each
+layer's SAE is read against it once, for the difference of activations and the matching decoder rows. Knows nothing of
+feature sets.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +15,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from refusalscope.core.types import Attribution, Direction, Prompts
+from refusalscope.core.scores import Attribution, Trace
+from refusalscope.core.types import Direction, Prompts
 from refusalscope.inputs.chat import Batch, ChatModel, Edit, Tokens
 from refusalscope.inputs.saes import LayerSae, SaeBank
 from refusalscope.inputs.template import Role
 from refusalscope.mechanism.interventions import RemoveDirection, editor
 
 Progress = Callable[[str, int, int], None]
+NODES = 5
+NODE_TOLERANCE = 0.02
+MOST_NODES = 80
 
 
 class Quadrature(NamedTuple):
@@ -36,28 +41,55 @@ def gauss_legendre(count: int) -> Quadrature:
     return Quadrature(tuple(float(n) for n in (nodes + 1) / 2), tuple(float(w) for w in weights / 2))
 
 
+def left_riemann(count: int) -> Quadrature:
+    """The published rule: nodes 0, 1/count, ... with equal weights; its error falls as 1/count."""
+    return Quadrature(tuple(k / count for k in range(count)), (1 / count,) * count)
+
+
 class Metric(NamedTuple):
     """`logit[j] - logit[r]` at the last position of each prompt."""
 
     answer: Int[Tensor, "prompt"]
-    """j: the likeliest token once the direction is removed."""
     refusal: Int[Tensor, "prompt"]
-    """r: the clean run's likeliest refusal token."""
     clean: Float[Tensor, "prompt"]
     patched: Float[Tensor, "prompt"]
     flipped: Bool[Tensor, "prompt"]
-    """False where j is itself a refusal token: removal did not change this prompt."""
+
+
+Ends = Mapping[int, Float[Tensor, "prompt position d_model"]]
+"""Layer -> the residual at which its path ends."""
+Gradients = Callable[[ChatModel, Tokens, Ends, Ends, Metric], dict[int, Tensor]]
+"""(model, tokens, clean residuals, ends, metric) -> layer -> mean gradient over the path, float32, on the CPU."""
 
 
 @dataclass(frozen=True)
-class Path:
-    """One batch's clean and patched residuals and the mean gradient between them, layer -> tensor, on the CPU."""
+class Scheme:
+    """One way to attribute (method 3b)."""
 
-    tokens: Tokens
-    clean: Mapping[int, Float[Tensor, "prompt position d_model"]]
-    patched: Mapping[int, Float[Tensor, "prompt position d_model"]]
-    gradient: Mapping[int, Float[Tensor, "prompt position d_model"]]
-    metric: Metric
+    name: str
+    gradients: Gradients
+    ends_before_removal: bool = False
+    """The published path ends at each layer's residual before that layer's own removal."""
+
+
+def sound(nodes: int = NODES) -> Scheme:
+    """All layers move at once along a path to the direction-removed run; Gauss-Legendre nodes."""
+    return Scheme("sound", joint(gauss_legendre(nodes)))
+
+
+def paper() -> Scheme:
+    """The published choice: left Riemann sum over 10 nodes, ending before each layer's own removal."""
+    return Scheme("paper", joint(left_riemann(10)), ends_before_removal=True)
+
+
+def layerwise(rule: Quadrature) -> Scheme:
+    """One layer moves at a time, the others answer: a true Jacobian, complete for every layer. The reference."""
+    return Scheme("layerwise", one_layer_at_a_time(rule))
+
+
+def gradient() -> Scheme:
+    """One backward pass at the clean run: the cheap one, and the best for a single feature."""
+    return Scheme("gradient", joint(left_riemann(1)))
 
 
 class DirectionDoesNotMediate(ValueError):
@@ -71,55 +103,68 @@ def attribute(
     direction: Direction,
     *,
     candidates: Mapping[int, Sequence[int]] | None = None,
-    rule: Quadrature | None = None,
+    scheme: Scheme | None = None,
     batch_size: int,
     progress: Progress = lambda *_: None,
 ) -> Attribution:
     """Attribute the metric of each prompt to SAE features: `(f~ - f) * (G . W_dec)` at every position.
 
-    `candidates` maps layers to the features wanted (all layers of `saes` and all features if None); `rule` is the
-    quadrature of the path, Gauss-Legendre with 5 nodes if None.
-    Method: Marks et al. 2024 as corrected in docs/method.md.
+    `candidates` maps layers to the features wanted (all layers of `saes` and all features if None); `scheme` is
+    `sound()` if None. Method: Marks et al. 2024 as corrected in docs/method.md.
     Raises DirectionDoesNotMediate when removal flips fewer than half of the prompts.
     """
     layers = tuple(saes.layers if candidates is None else sorted(candidates))
-    paths = []
+    traces = []
     for done, (_, tokens) in enumerate(batches := list(model.batches(prompts, batch_size))):
         progress("attribution: gradients", done, len(batches))
-        paths.append(integrate(model, tokens, direction, layers=layers, rule=rule or gauss_legendre(5)))
-    flipped = torch.cat([path.metric.flipped for path in paths])
-    if len(prompts) and flipped.float().mean() < 0.5:
-        raise DirectionDoesNotMediate(
-            f"removing the direction flips the first token of only {int(flipped.sum())} of {len(prompts)} prompts: "
-            "this direction does not mediate refusal here; try another --best-layer or check --refusal-token"
-        )
+        traces.append(trace(model, tokens, direction, layers=layers, scheme=scheme or sound()))
+    check_flipped(traces)
     entries = []
-    errors = torch.zeros(len(prompts), len(layers))
     for column, layer in enumerate(layers):
         progress("attribution: features", column, len(layers))
-        sae, start = saes.layer(layer), 0
-        for path in paths:
-            rows = slice(start, start := start + len(path.tokens.prompt_ids))
-            part = layer_entries(sae, path, None if candidates is None else candidates[layer])
-            entries.append(part._replace(prompt=part.prompt + rows.start))
-            errors[rows, column] = part.error
-    return _assemble(prompts, paths, entries, errors, flipped)
+        sae = saes.layer(layer)
+        entries += layer_entries(sae, traces, None if candidates is None else candidates[layer])
+    return assemble(traces, entries)
 
 
-def integrate(
-    model: ChatModel, tokens: Tokens, direction: Direction, *, layers: Sequence[int], rule: Quadrature
-) -> Path:
-    """Clean run, patched run and the weighted mean gradient of the metric at every layer's output."""
+def trace(model: ChatModel, tokens: Tokens, direction: Direction, *, layers: Sequence[int], scheme: Scheme) -> Trace:
+    """Clean run, direction-removed run and the gradients between them, for one batch."""
     removal = editor(RemoveDirection(direction), layers=len(model.layers)).edits
+    before: dict[int, Tensor] = {}
+
+    def removed(layer: int) -> Edit:
+        def edit(residual: Tensor, batch: Batch) -> Tensor:
+            if scheme.ends_before_removal:
+                before[layer] = residual.detach().cpu()
+            return removal[layer](residual, batch)
+
+        return edit
+
     with torch.no_grad():
         clean = model.run(tokens, keep=layers, logits=1)
-        patched = model.run(tokens, edits=removal, keep=layers, logits=1)
+        patched = model.run(tokens, edits={layer: removed(layer) for layer in removal}, keep=layers, logits=1)
+    ends = {layer: before[layer] for layer in layers} if scheme.ends_before_removal else patched.residuals
     metric = choose_metric(clean.logits[:, -1], patched.logits[:, -1], direction.refusal_tokens)
-    gradient = {layer: torch.zeros_like(clean.residuals[layer], dtype=torch.float32) for layer in layers}
-    for node, weight in zip(rule.nodes, rule.weights, strict=True):
-        for layer, part in _gradient(model, tokens, patched.residuals, metric, node).items():
-            gradient[layer] += weight * part
-    return Path(tokens.to("cpu"), clean.residuals, patched.residuals, gradient, metric)
+    gradients = scheme.gradients(model, tokens, clean.residuals, ends, metric)
+
+    def stacked(parts: Mapping[int, Tensor]) -> Tensor:
+        return torch.stack([parts[layer] for layer in layers])
+
+    return Trace(
+        prompt_ids=tokens.prompt_ids,
+        ids=tokens.ids.cpu(),
+        roles=tokens.roles.cpu(),
+        layers=tuple(layers),
+        clean=stacked(clean.residuals),
+        patched=stacked(patched.residuals),
+        end=stacked(ends) if scheme.ends_before_removal else None,
+        gradient=stacked(gradients),
+        answer=metric.answer,
+        refusal=metric.refusal,
+        metric_clean=metric.clean,
+        metric_patched=metric.patched,
+        flipped=metric.flipped,
+    )
 
 
 def choose_metric(
@@ -136,82 +181,195 @@ def choose_metric(
     return Metric(j.cpu(), r.cpu(), value(clean), value(patched), ~torch.isin(j, allowed).cpu())
 
 
-def _gradient(
-    model: ChatModel, tokens: Tokens, patched: Mapping[int, Tensor], metric: Metric, node: float
-) -> dict[int, Tensor]:
-    """d metric / d output of each layer with every layer mixed: `out = z + (a (z~ - z)).detach()`, Jacobian one."""
+def check_flipped(traces: Sequence[Trace]) -> None:
+    """Raise DirectionDoesNotMediate unless removal flips at least half of the prompts."""
+    flipped = torch.cat([part.flipped for part in traces])
+    if len(flipped) and flipped.float().mean() < 0.5:
+        raise DirectionDoesNotMediate(
+            f"removing the direction flips the first token of only {int(flipped.sum())} of {len(flipped)} prompts: "
+            "this direction does not mediate refusal here; try another --best-layer or check --refusal-token"
+        )
+
+
+def joint(rule: Quadrature) -> Gradients:
+    """All layers mixed at once, every layer's gradient handed straight through."""
+
+    def gradients(model: ChatModel, tokens: Tokens, clean: Ends, ends: Ends, metric: Metric) -> dict[int, Tensor]:
+        total = {layer: torch.zeros_like(part, dtype=torch.float32) for layer, part in clean.items()}
+        for node, weight in zip(rule.nodes, rule.weights, strict=True):
+            for layer, part in _slopes(
+                model, tokens, {layer: _mixed(end, node) for layer, end in ends.items()}, metric
+            ):
+                total[layer] += weight * part
+        return total
+
+    return gradients
+
+
+def one_layer_at_a_time(rule: Quadrature) -> Gradients:
+    """Each layer on its own path from its clean residual to its end, all layers above it answering."""
+
+    def gradients(model: ChatModel, tokens: Tokens, clean: Ends, ends: Ends, metric: Metric) -> dict[int, Tensor]:
+        total = {layer: torch.zeros_like(part, dtype=torch.float32) for layer, part in clean.items()}
+        for layer, end in ends.items():
+            for node, weight in zip(rule.nodes, rule.weights, strict=True):
+                for _, part in _slopes(model, tokens, {layer: _mixed(end, node)}, metric):
+                    total[layer] += weight * part
+        return total
+
+    return gradients
+
+
+def _mixed(end: Tensor, node: float) -> Callable[[Tensor], Tensor]:
+    """`z + (a (end - z)).detach()`: the mixture forward, the identity backward."""
+    return lambda residual: residual + (node * (end.to(residual) - residual)).detach()
+
+
+def _slopes(
+    model: ChatModel, tokens: Tokens, mixtures: Mapping[int, Callable[[Tensor], Tensor]], metric: Metric
+) -> list[tuple[int, Tensor]]:
+    """d metric / d output of each mixed layer, in one forward and one backward."""
     outputs: dict[int, Tensor] = {}
 
     def mix(layer: int) -> Edit:
         def edit(residual: Tensor, batch: Batch) -> Tensor:
-            target = patched[layer].to(residual)
-            mixed = residual + (node * (target - residual)).detach()
+            mixed = mixtures[layer](residual)
             outputs[layer] = mixed if mixed.requires_grad else mixed.requires_grad_(True)
             return outputs[layer]
 
         return edit
 
     with torch.enable_grad():
-        logits = model.run(tokens, edits={layer: mix(layer) for layer in patched}, logits=1).logits[:, -1]
+        logits = model.run(tokens, edits={layer: mix(layer) for layer in mixtures}, logits=1).logits[:, -1]
         rows = torch.arange(len(logits))
         total = (logits[rows, metric.answer.to(logits.device)] - logits[rows, metric.refusal.to(logits.device)]).sum()
         gradients = torch.autograd.grad(total, list(outputs.values()))
-    return {layer: part.float().cpu() for layer, part in zip(outputs, gradients, strict=True)}
+    return [(layer, part.float().cpu()) for layer, part in zip(outputs, gradients, strict=True)]
+
+
+class NodeCheck(NamedTuple):
+    """How far the mean gradient still moves when the nodes are doubled."""
+
+    nodes: int
+    change: float
+    """Norm of the difference over the norm at twice the nodes."""
+
+
+def enough_nodes(
+    model: ChatModel,
+    prompts: Prompts,
+    direction: Direction,
+    *,
+    layers: Sequence[int],
+    rule: Callable[[int], Scheme] = sound,
+) -> list[NodeCheck]:
+    """Doubles the nodes from 5 while doing so moves the gradient of four prompts by more than 2 %, at most to 80.
+
+    Returns every count tried; the last one is the one to use, and its change may still exceed 2 % at 80.
+    """
+    tokens = model.tokens(prompts[:4])
+
+    def slopes(nodes: int) -> Tensor:
+        found = trace(model, tokens, direction, layers=layers, scheme=rule(nodes))
+        return found.gradient[:, tokens.mask]
+
+    tried: list[NodeCheck] = []
+    nodes, here = NODES, slopes(NODES)
+    while True:
+        finer = slopes(2 * nodes)
+        tried.append(NodeCheck(nodes, float((here - finer).norm() / finer.norm().clamp(min=1e-30))))
+        if tried[-1].change <= NODE_TOLERANCE or nodes >= MOST_NODES:
+            return tried
+        nodes, here = 2 * nodes, finer
 
 
 class Entries(NamedTuple):
     """The non-zero attributions of one layer in one batch."""
 
-    prompt: Int[Tensor, "entry"]
     layer: int
+    prompt: Int[Tensor, "entry"]
+    """Row within the batch."""
     position: Int[Tensor, "entry"]
     feature: Int[Tensor, "entry"]
     value: Float[Tensor, "entry"]
-    error: Float[Tensor, "prompt"]
-    """Summed over positions."""
 
 
-def layer_entries(sae: LayerSae, path: Path, features: Sequence[int] | None) -> Entries:
-    """`(f~ - f) * (G . W_dec)` where the activation moved and the token is no padding.
+def layer_entries(sae: LayerSae, traces: Sequence[Trace], features: Sequence[int] | None) -> list[Entries]:
+    """`(f~ - f) * (G . W_dec)` of one layer, a batch each, where the activation moved and the token is no padding.
 
-    The error term is scored only when all features are: with candidates only their columns are read, and it is NaN.
+    With `features` only their columns and rows are read.
     """
-    mask = path.tokens.mask
-    prompt, position = mask.nonzero(as_tuple=True)
-    clean, patched, gradient = (
-        part[sae.layer][mask].float().to(sae.device) for part in (path.clean, path.patched, path.gradient)
-    )
-    error = torch.full((len(mask),), float("nan"))
-    if features is None:
-        f_clean, f_patched = sae.encode(clean), sae.encode(patched)
-        change = (patched - sae.decode(f_patched)) - (clean - sae.decode(f_clean))
-        error = torch.zeros(len(mask)).index_add_(0, prompt, (gradient * change).sum(-1).cpu())
-        index, delta, rows = torch.arange(sae.size), f_patched - f_clean, sae.decoder
-    else:
-        part = sae.slice(features).to(sae.device)
-        index, delta, rows = part.features.cpu(), part.encode(patched) - part.encode(clean), part.decoder
-    token, column = delta.nonzero(as_tuple=True)
-    value = (delta * (gradient @ rows.T))[token, column].cpu()
-    token, column = token.cpu(), column.cpu()
-    return Entries(prompt[token], sae.layer, position[token] - mask.shape[1], index[column], value, error)
+    part = None if features is None else sae.slice(features).to(sae.device)
+    index = torch.arange(sae.size) if part is None else part.features.cpu()
+    encode, rows = (sae.encode, sae.decoder) if part is None else (part.encode, part.decoder)
+    made = []
+    for batch in traces:
+        inside = batch.roles != Role.PADDING
+        clean, patched, slope = (at_layer(batch, name, sae)[inside] for name in ("clean", "patched", "gradient"))
+        delta = encode(patched) - encode(clean)
+        token, column = delta.nonzero(as_tuple=True)
+        value = (delta * (slope @ rows.T))[token, column].cpu()
+        prompt, position = (axis[token.cpu()] for axis in inside.nonzero(as_tuple=True))
+        made.append(Entries(sae.layer, prompt, position - inside.shape[1], index[column.cpu()], value))
+    return made
 
 
-def _assemble(
-    prompts: Prompts, paths: Sequence[Path], entries: Sequence[Entries], errors: Tensor, flipped: Tensor
-) -> Attribution:
-    scored = torch.cat(
-        [((p.tokens.roles == Role.INSTRUCTION) | (p.tokens.roles == Role.CLOSING)).sum(1) for p in paths]
-    )
+class LayerTotals(NamedTuple):
+    """What all features of a layer, and the SAE's error term, carry of each prompt's metric: sums over positions."""
+
+    layer: int
+    features: Float[Tensor, "prompt"]
+    error: Float[Tensor, "prompt"]
+
+
+def layer_totals(sae: LayerSae, traces: Sequence[Trace]) -> LayerTotals:
+    """`G . (dec f~ - dec f)` and `G . (e~ - e)`; together they are `G` times the whole way of the residual."""
+    features, errors = [], []
+    for batch in traces:
+        inside = batch.roles != Role.PADDING
+        clean, patched, slope = (at_layer(batch, name, sae)[inside] for name in ("clean", "patched", "gradient"))
+        end = patched if batch.end is None else at_layer(batch, "end", sae)[inside]
+        decoded = sae.decode(sae.encode(patched)) - sae.decode(sae.encode(clean))
+        prompt = inside.nonzero(as_tuple=True)[0]
+        for sums, change in ((features, decoded), (errors, end - clean - decoded)):
+            sums.append(torch.zeros(len(inside)).index_add_(0, prompt, (slope * change).sum(-1).cpu()))
+    return LayerTotals(sae.layer, torch.cat(features), torch.cat(errors))
+
+
+def at_layer(batch: Trace, name: str, sae: LayerSae) -> Float[Tensor, "prompt position d_model"]:
+    """One tensor of a trace at the SAE's layer, float32, where the SAE is."""
+    return getattr(batch, name)[batch.layers.index(sae.layer)].float().to(sae.device)
+
+
+def assemble(traces: Sequence[Trace], entries: Sequence[Entries]) -> Attribution:
+    """The attribution of all prompts; `entries` hold, layer by layer, one `Entries` per trace, in their order."""
+    starts = np.cumsum([0, *(len(part.prompt_ids) for part in traces)]).tolist()
+    offsets = [starts[number % len(traces)] for number in range(len(entries))]
+    joined = _joined(traces)
     return Attribution(
-        prompt_ids=prompts.ids,
-        prompt=torch.cat([part.prompt for part in entries]).int(),
+        prompt_ids=(ids := tuple(name for part in traces for name in part.prompt_ids)),
+        prompt=torch.cat([part.prompt + offset for part, offset in zip(entries, offsets, strict=True)]).int(),
         layer=torch.cat([torch.full_like(part.prompt, part.layer) for part in entries]).int(),
         position=torch.cat([part.position for part in entries]).int(),
         feature=torch.cat([part.feature for part in entries]).int(),
         value=torch.cat([part.value for part in entries]),
-        scored=scored,
-        error=errors,
-        metric_clean=torch.cat([path.metric.clean for path in paths]),
-        metric_patched=torch.cat([path.metric.patched for path in paths]),
-        dropped=tuple(p.id for p, kept in zip(prompts, flipped.tolist(), strict=True) if not kept),
+        scored=torch.cat([scored_tokens(part).sum(1) for part in traces]),
+        length=torch.cat([(part.roles != Role.PADDING).sum(1) for part in traces]),
+        dropped=tuple(name for name, kept in zip(ids, joined.flipped.tolist(), strict=True) if not kept),
+        answer=joined.answer,
+        refusal=joined.refusal,
+        metric_clean=joined.clean,
+        metric_patched=joined.patched,
     )
+
+
+def scored_tokens(batch: Trace) -> Bool[Tensor, "prompt position"]:
+    """Instruction and closing tokens: the positions that a feature's score is averaged over."""
+    return (batch.roles == Role.INSTRUCTION) | (batch.roles == Role.CLOSING)
+
+
+def _joined(traces: Sequence[Trace]) -> Metric:
+    def cat(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in traces])
+
+    return Metric(cat("answer"), cat("refusal"), cat("metric_clean"), cat("metric_patched"), cat("flipped"))

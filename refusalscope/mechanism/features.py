@@ -1,6 +1,6 @@
 """Every way to choose features: candidates by cosine, the sets built on them, and matched random draws (method 4).
 
-Scores come from a cached `Attribution`, so choosing again (per prompt, on resampled prompts) costs no forward pass.
+Scores are kept per prompt, so choosing again (per prompt, on resampled prompts) costs no forward pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,18 +8,33 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from refusalscope.core.fingerprint import fingerprint
-from refusalscope.core.types import Attribution, Direction, Feature, FeatureSet, Prompts, ordered_features
+from refusalscope.core.scores import Attribution, Scores, Trace
+from refusalscope.core.types import Direction, Feature, FeatureSet, Prompts, SaeSlice, ordered_features
 from refusalscope.inputs.chat import ChatModel
-from refusalscope.inputs.saes import LayerSae, SaeBank
+from refusalscope.inputs.saes import LayerSae
 from refusalscope.inputs.template import Role
+from refusalscope.mechanism.attribution import at_layer, scored_tokens
 
 PER_LAYER = 10
 """K0: candidates per layer (published)."""
+KEPT = 100
+"""Features per layer that enter `Scores` by their mean, beside every prompt's own best."""
+CHUNK = 2048
+"""Tokens encoded at a time."""
 Progress = Callable[[str, int, int], None]
+
+
+class Residuals(NamedTuple):
+    """Residuals at the scored tokens of a prompt set, all prompts flattened."""
+
+    prompt_ids: tuple[str, ...]
+    prompt: Int[Tensor, "token"]
+    """Which prompt each token belongs to."""
+    layers: Mapping[int, Float[Tensor, "token d_model"]]
 
 
 class LayerSurvey(NamedTuple):
@@ -27,9 +42,9 @@ class LayerSurvey(NamedTuple):
 
     layer: int
     candidates: FeatureSet
-    """The K0 features of largest signed cosine with the direction."""
+    """The features of largest signed cosine with the direction."""
     activation: Float[Tensor, "d_sae"]
-    """Mean activation over instruction and closing tokens of the prompts given."""
+    """Mean activation over the scored tokens of the harmful prompts."""
 
 
 class Choice(NamedTuple):
@@ -42,27 +57,55 @@ class Choice(NamedTuple):
     """Share of 100 resamples of the prompts whose set holds the feature."""
 
 
-def survey(
-    model: ChatModel,
-    saes: SaeBank,
-    prompts: Prompts,
-    direction: Direction,
-    *,
-    keep: int,
-    batch_size: int,
-    progress: Progress = lambda *_: None,
-) -> list[LayerSurvey]:
-    """Cosines and mean activations of every feature; the `keep` best by cosine of each layer are its candidates."""
-    residuals = _scored_residuals(model, prompts, saes.layers, batch_size=batch_size)
-    surveys = []
-    for done, layer in enumerate(saes.layers):
-        progress("features: surveying SAEs", done, len(saes.layers))
-        sae = saes.layer(layer)
-        total = torch.zeros(sae.size, dtype=torch.float64)
-        for part in residuals[layer].split(4096):
-            total += sae.encode(part).double().sum(0).cpu()
-        surveys.append(LayerSurvey(layer, by_cosine(sae, direction, keep), (total / len(residuals[layer])).float()))
-    return surveys
+def scored_residuals(model: ChatModel, prompts: Prompts, layers: Sequence[int], *, batch_size: int) -> Residuals:
+    """Residuals at the instruction and closing tokens of each prompt."""
+    parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    owners = []
+    for start, (_, tokens) in enumerate(model.batches(prompts, batch_size)):
+        scored = ((tokens.roles == Role.INSTRUCTION) | (tokens.roles == Role.CLOSING)).cpu()
+        owners.append(scored.nonzero(as_tuple=True)[0] + start * batch_size)
+        for layer, residual in model.run(tokens, keep=layers).residuals.items():
+            parts[layer].append(residual[scored])
+    return Residuals(prompts.ids, torch.cat(owners), {layer: torch.cat(rows) for layer, rows in parts.items()})
+
+
+def traced_residuals(traces: Sequence[Trace]) -> Residuals:
+    """The clean residuals of traces, at instruction and closing tokens."""
+    masks = [scored_tokens(part) for part in traces]
+    starts = np.cumsum([0, *(len(part.prompt_ids) for part in traces)]).tolist()
+    owners = [mask.nonzero(as_tuple=True)[0] + start for mask, start in zip(masks, starts, strict=False)]
+    layers = traces[0].layers if traces else ()
+    return Residuals(
+        tuple(name for part in traces for name in part.prompt_ids),
+        torch.cat(owners),
+        {
+            layer: torch.cat([part.clean[row][mask] for part, mask in zip(traces, masks, strict=True)])
+            for row, layer in enumerate(layers)
+        },
+    )
+
+
+def survey(sae: LayerSae, harmful: Residuals, direction: Direction, *, keep: int) -> LayerSurvey:
+    """Cosine and mean activation of every feature; the `keep` best by cosine are the layer's candidates."""
+    total = torch.zeros(sae.size, dtype=torch.float64)
+    for _, part in _encoded(sae, harmful):
+        total += part.double().sum(0).cpu()
+    mean = (total / max(1, len(harmful.prompt))).float()
+    return LayerSurvey(sae.layer, by_cosine(sae, direction, keep), mean)
+
+
+def highest(sae: LayerSae | SaeSlice, residuals: Residuals) -> Float[Tensor, "prompt feature"]:
+    """Each prompt's largest activation over its scored tokens, of every feature that `sae` holds."""
+    best = torch.zeros(len(residuals.prompt_ids), len(sae.bias) if isinstance(sae, SaeSlice) else sae.size)
+    for owners, part in _encoded(sae, residuals):
+        for prompt in owners.unique().tolist():
+            best[prompt] = torch.maximum(best[prompt], part[owners == prompt].amax(0).cpu())
+    return best
+
+
+def _encoded(sae: LayerSae | SaeSlice, residuals: Residuals) -> list[tuple[Tensor, Tensor]]:
+    pairs = zip(residuals.prompt.split(CHUNK), residuals.layers[sae.layer].split(CHUNK), strict=True)
+    return [(owners, sae.encode(part)) for owners, part in pairs]
 
 
 def by_cosine(sae: LayerSae, direction: Direction, k: int) -> FeatureSet:
@@ -86,41 +129,113 @@ def candidates(surveys: Sequence[LayerSurvey]) -> dict[int, list[int]]:
 
 
 def prompt_scores(
-    attribution: Attribution,
-) -> tuple[list[Feature], Float[Tensor, "prompt feature"]]:
-    """Each feature's attribution per prompt, a mean over instruction and closing tokens; dropped prompts left out."""
-    inside = attribution.position >= -attribution.scored[attribution.prompt.long()]
+    attribution: Attribution, *, method: str = "cosine+attribution", last: Int[Tensor, "prompt"] | None = None
+) -> Scores:
+    """Each feature's attribution per prompt, a mean over its last `last` tokens; dropped prompts are left out.
+
+    `last` is the number of instruction and closing tokens if None.
+    """
+    last = attribution.scored if last is None else last
+    inside = attribution.position >= -last[attribution.prompt.long()]
     pairs = torch.stack([attribution.layer, attribution.feature], 1)[inside]
     unique, column = pairs.unique(dim=0, return_inverse=True)
     scores = torch.zeros(len(attribution.prompt_ids), len(unique), dtype=torch.float64)
     prompt = attribution.prompt.long()[inside]
     scores.index_put_((prompt, column), attribution.value[inside].double(), accumulate=True)
-    scores /= attribution.scored[:, None]
-    kept = [i for i, name in enumerate(attribution.prompt_ids) if name not in set(attribution.dropped)]
-    return [Feature(layer, index) for layer, index in unique.tolist()], scores[kept].float()
+    scores /= last[:, None]
+    dropped = set(attribution.dropped)
+    kept = [i for i, name in enumerate(attribution.prompt_ids) if name not in dropped]
+    features = tuple(Feature(layer, index) for layer, index in unique.tolist())
+    return Scores(method, tuple(attribution.prompt_ids[i] for i in kept), features, scores[kept].float())
 
 
-def choose(
-    method: str, features: Sequence[Feature], scores: Float[Tensor, "prompt feature"], k: int, *, seed: int = 0
-) -> Choice:
-    """The top `k` features by mean score, positive scores only, with how firmly each is chosen."""
-    if not len(scores):
-        raise ValueError(f"{method}: no prompt is left to score features on")
-    parent = fingerprint(list(map(str, features)), scores)
-    best = _top(features, scores.double().mean(0), k)
-    chosen_set = FeatureSet(method, *best, parent=parent)
-    single = [set(_top(features, row, k)[0]) for row in scores]
-    again = [set(_top(features, scores[draw].double().mean(0), k)[0]) for draw in _resamples(len(scores), seed)]
-    return Choice(chosen_set, _shares(chosen_set, single), _shares(chosen_set, again))
+def layer_scores(sae: LayerSae, traces: Sequence[Trace], *, k: int) -> Scores:
+    """The scores of all features of one layer, without the candidate step: `attribution`.
+
+    Kept are the best by their mean and every prompt's own `k` best, so that choosing up to `k` of all layers, for
+    each prompt or for all, misses none.
+    """
+    rows = []
+    for batch in traces:
+        scored = scored_tokens(batch)
+        owners = scored.nonzero(as_tuple=True)[0]
+        clean, patched, slope = (at_layer(batch, name, sae)[scored] for name in ("clean", "patched", "gradient"))
+        total = torch.zeros(len(scored), sae.size)
+        for part in torch.arange(len(owners)).split(CHUNK):
+            delta = sae.encode(patched[part]) - sae.encode(clean[part])
+            total.index_add_(0, owners[part], (delta * (slope[part] @ sae.decoder.T)).cpu())
+        rows.append((total / scored.sum(1)[:, None])[batch.flipped])
+    values = torch.cat(rows)
+    ids = tuple(n for part in traces for n, kept in zip(part.prompt_ids, part.flipped.tolist(), strict=True) if kept)
+    return _kept("attribution", ids, sae.layer, values, k)
 
 
-def per_prompt(
-    method: str, features: Sequence[Feature], scores: Float[Tensor, "prompt feature"], ids: Sequence[str], k: int
-) -> dict[str, FeatureSet]:
-    """Prompt id -> that prompt's own top `k` (local sets); `ids` name the rows of `scores`."""
-    parent = fingerprint(list(map(str, features)), scores)
+def _kept(method: str, ids: tuple[str, ...], layer: int, values: Float[Tensor, "prompt d_sae"], k: int) -> Scores:
+    size = values.shape[1]
+    best = values.mean(0).topk(min(KEPT, size)).indices
+    own = values.topk(min(k, size), dim=1).indices.flatten()
+    columns = torch.cat([best, own]).unique()
+    columns = columns[(values[:, columns] != 0).any(0)]
+    return Scores(method, ids, tuple(Feature(layer, i) for i in columns.tolist()), values[:, columns])
+
+
+def join(parts: Sequence[Scores]) -> Scores:
+    """The scores of several layers on the same prompts, side by side."""
+    features = tuple(feature for part in parts for feature in part.features)
+    return Scores(parts[0].method, parts[0].prompt_ids, features, torch.cat([part.values for part in parts], 1))
+
+
+def choose(scores: Scores, k: int, *, seed: int = 0, signed: bool = False) -> Choice:
+    """The top `k` features by mean score, with how firmly each is chosen.
+
+    Only positive scores count, unless `signed`: the published sets are filled up with negative ones.
+    """
+    if not len(scores.values):
+        raise ValueError(f"{scores.method}: no prompt is left to score features on")
+    parent = fingerprint(list(map(str, scores.features)), scores.values)
+    chosen = FeatureSet(scores.method, *_top(scores, scores.values.double().mean(0), k, signed), parent=parent)
+    single = [_own(scores, row, k, signed) for row in scores.values]
+    draws = _resamples(len(scores.values), seed)
+    again = [_own(scores, scores.values[draw].double().mean(0), k, signed) for draw in draws]
+    return Choice(chosen, _shares(chosen, single), _shares(chosen, again))
+
+
+def choose_difference(harmful: Scores, harmless: Scores, k: int, *, seed: int = 0) -> Choice:
+    """`activation-difference`: mean over harmful prompts minus mean over harmless ones; both hold the same features.
+
+    `chosen` is the share of harmful prompts whose own top K*, against the harmless mean, holds the feature.
+    """
+    parent = fingerprint(list(map(str, harmful.features)), harmful.values, harmless.values)
+    plain = harmless.values.double().mean(0)
+    best = _top(harmful, harmful.values.double().mean(0) - plain, k, signed=False)
+    chosen = FeatureSet("activation-difference", *best, parent=parent)
+    single = [_own(harmful, row - plain, k, signed=False) for row in harmful.values.double()]
+    draws = zip(_resamples(len(harmful.values), seed), _resamples(len(harmless.values), seed + 1), strict=True)
+    again = [
+        _own(harmful, harmful.values[a].double().mean(0) - harmless.values[b].double().mean(0), k, signed=False)
+        for a, b in draws
+    ]
+    return Choice(chosen, _shares(chosen, single), _shares(chosen, again))
+
+
+def layer_highest(sae: LayerSae, harmful: Residuals, harmless: Residuals) -> tuple[Scores, Scores]:
+    """Largest activations on harmful and on harmless prompts, of the features whose means differ most."""
+    above, below = highest(sae, harmful), highest(sae, harmless)
+    columns = (above.mean(0) - below.mean(0)).topk(min(KEPT, sae.size)).indices.sort().values
+    features = tuple(Feature(sae.layer, i) for i in columns.tolist())
+    name = "activation-difference"
+    return (
+        Scores(name, harmful.prompt_ids, features, above[:, columns]),
+        Scores(name, harmless.prompt_ids, features, below[:, columns]),
+    )
+
+
+def per_prompt(scores: Scores, k: int) -> dict[str, FeatureSet]:
+    """Prompt id -> that prompt's own top `k` (local sets)."""
+    parent = fingerprint(list(map(str, scores.features)), scores.values)
     return {
-        name: FeatureSet(method, *_top(features, row, k), parent=parent) for name, row in zip(ids, scores, strict=True)
+        name: FeatureSet(scores.method, *_top(scores, row, k, signed=False), parent=parent)
+        for name, row in zip(scores.prompt_ids, scores.values, strict=True)
     }
 
 
@@ -149,9 +264,13 @@ def random_like(target: FeatureSet, surveys: Sequence[LayerSurvey], excluded: se
     return FeatureSet("random", tuple(drawn), scores, parent=fingerprint(target, seed))
 
 
-def _top(features: Sequence[Feature], scores: Tensor, k: int) -> tuple[tuple[Feature, ...], tuple[float, ...]]:
-    pairs = [(f, s) for f, s in zip(features, scores.tolist(), strict=True) if s > 0]
+def _top(scores: Scores, values: Tensor, k: int, signed: bool) -> tuple[tuple[Feature, ...], tuple[float, ...]]:
+    pairs = [(f, s) for f, s in zip(scores.features, values.tolist(), strict=True) if s > 0 or signed]
     return ordered_features(pairs, k)
+
+
+def _own(scores: Scores, values: Tensor, k: int, signed: bool) -> set[Feature]:
+    return set(_top(scores, values, k, signed)[0])
 
 
 def _resamples(prompts: int, seed: int) -> list[list[int]]:
@@ -161,15 +280,3 @@ def _resamples(prompts: int, seed: int) -> list[list[int]]:
 
 def _shares(chosen: FeatureSet, sets: Sequence[set[Feature]]) -> tuple[float, ...]:
     return tuple(sum(feature in other for other in sets) / len(sets) for feature in chosen.features)
-
-
-def _scored_residuals(
-    model: ChatModel, prompts: Prompts, layers: Sequence[int], *, batch_size: int
-) -> Mapping[int, Float[Tensor, "token d_model"]]:
-    """Residuals at instruction and closing tokens, all prompts flattened."""
-    parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for _, tokens in model.batches(prompts, batch_size):
-        scored = ((tokens.roles == Role.INSTRUCTION) | (tokens.roles == Role.CLOSING)).cpu()
-        for layer, residual in model.run(tokens, keep=layers).residuals.items():
-            parts[layer].append(residual[scored])
-    return {layer: torch.cat(rows) for layer, rows in parts.items()}

@@ -1,18 +1,19 @@
-"""An `Intervention` becomes `{layer: edit}`: the only place where directions are removed and features scaled.
+"""An `Intervention` becomes `{layer: edit}`: the only place where directions and features are edited.
 
 Feature edits are error-preserving: `z + sum_i (f'_i - f_i) W_dec[i]` equals decoding the edited features and adding the
 SAE's error back, and encodes K columns instead of d_sae (method 5).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from refusalscope.core.types import Direction, FeatureSet, SaeSlice
-from refusalscope.inputs.chat import Batch, Edit
+from refusalscope.core.types import Direction, FeatureSet, Prompts, SaeSlice
+from refusalscope.inputs.chat import Batch, ChatModel, Edit
 from refusalscope.inputs.template import Role
 
 
@@ -32,16 +33,56 @@ class AddDirection:
     direction: Direction
 
 
+Sets = FeatureSet | Mapping[str, FeatureSet]
+"""One set for all prompts, or one per prompt id."""
+
+
 @dataclass(frozen=True)
 class ScaleFeatures:
     """Multiply the activations of chosen features by `factor`, at every position, prompt and generated."""
 
-    features: FeatureSet | Mapping[str, FeatureSet]
-    """One set for all prompts, or one per prompt id."""
+    features: Sets
     factor: float
 
 
-Intervention = RemoveDirection | AddDirection | ScaleFeatures
+@dataclass(frozen=True)
+class SetFeatures:
+    """Set the activations of chosen features to `value`, in the SAE's units, at every position."""
+
+    features: Sets
+    value: float
+
+
+@dataclass(frozen=True)
+class Held:
+    """One layer's activations on an unedited prompt, features ascending."""
+
+    values: Float[Tensor, "position k"]
+    """At the prompt's own positions, padding excluded."""
+    mean: Float[Tensor, "k"]
+    """Over instruction and closing tokens."""
+
+
+@dataclass(frozen=True)
+class HoldFeatures:
+    """Set the activations of chosen features to what they were on the unedited prompt (see `record`)."""
+
+    features: FeatureSet
+    held: Mapping[str, Mapping[int, Held]]
+    """Prompt id -> layer -> what to hold."""
+    decoding: Literal["mean", "free"] = "mean"
+    """While decoding: their mean over instruction and closing tokens, or left alone as published."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several interventions at once; at a layer that more than one edits, they act in this order."""
+
+    parts: "tuple[Intervention, ...]"
+
+
+FeatureEdit = ScaleFeatures | SetFeatures | HoldFeatures
+Intervention = RemoveDirection | AddDirection | FeatureEdit | Together
 
 
 @dataclass
@@ -62,14 +103,20 @@ class Editor:
 
 def needed_features(intervention: Intervention | None) -> dict[int, list[int]]:
     """Layer -> the features an intervention touches, ascending: what to slice from the SAEs."""
-    if not isinstance(intervention, ScaleFeatures):
-        return {}
-    sets = [intervention.features] if isinstance(intervention.features, FeatureSet) else intervention.features.values()
     layers: dict[int, set[int]] = {}
-    for chosen in sets:
+    for chosen in _sets(intervention):
         for layer, indices in chosen.by_layer().items():
             layers.setdefault(layer, set()).update(indices)
     return {layer: sorted(indices) for layer, indices in sorted(layers.items())}
+
+
+def _sets(intervention: Intervention | None) -> list[FeatureSet]:
+    if isinstance(intervention, Together):
+        return [chosen for part in intervention.parts for chosen in _sets(part)]
+    if not isinstance(intervention, FeatureEdit):
+        return []
+    features = intervention.features
+    return [features] if isinstance(features, FeatureSet) else list(features.values())
 
 
 def editor(
@@ -91,12 +138,50 @@ def editor(
             made.edits.update({layer: _remove(direction.unit, offsets[layer], made) for layer in range(layers)})
         case AddDirection(direction):
             made.edits[direction.layer] = _add(direction.vector, made)
-        case ScaleFeatures(features, factor):
+        case Together(parts):
+            for part in parts:
+                _follow(made, editor(part, layers=layers, slices=slices))
+        case ScaleFeatures() | SetFeatures() | HoldFeatures():
             for layer, wanted in needed_features(intervention).items():
                 if slices is None or layer not in slices:
-                    raise ValueError(f"scaling features of layer {layer} needs that layer's SAE slice")
-                made.edits[layer] = _scale(slices[layer].take(wanted), features, factor, made)
+                    raise ValueError(f"editing features of layer {layer} needs that layer's SAE slice")
+                part = slices[layer].take(wanted)
+                made.edits[layer] = _activations(part, intervention.features, _rule(intervention, part), made)
     return made
+
+
+def record(
+    model: ChatModel, prompts: Prompts, slices: Mapping[int, SaeSlice], *, batch_size: int
+) -> dict[str, dict[int, Held]]:
+    """What `HoldFeatures` holds: the activations of the sliced features on every prompt, unedited."""
+    held: dict[str, dict[int, Held]] = {}
+    for _, tokens in model.batches(prompts, batch_size):
+        residuals = model.run(tokens, keep=slices).residuals
+        roles = tokens.roles.cpu()
+        for row, name in enumerate(tokens.prompt_ids):
+            inside = roles[row] != Role.PADDING
+            scored = _scored(roles[row][inside])
+            held[name] = {}
+            for layer, part in slices.items():
+                values = part.encode(residuals[layer][row][inside])
+                held[name][layer] = Held(values, values[scored].mean(0))
+    return held
+
+
+def _scored(roles: Tensor) -> Tensor:
+    return (roles == Role.INSTRUCTION) | (roles == Role.CLOSING)
+
+
+def _follow(first: Editor, then: Editor) -> None:
+    """Let `then` act after `first`, and count with it."""
+    then._counts = first._counts
+    for layer, edit in then.edits.items():
+        before = first.edits.get(layer)
+        first.edits[layer] = edit if before is None else _in_turn(before, edit)
+
+
+def _in_turn(first: Edit, then: Edit) -> Edit:
+    return lambda residual, batch: then(first(residual, batch), batch)
 
 
 def _remove(unit: Float[Tensor, "d_model"], offset: Float[Tensor, ""], made: Editor) -> Edit:
@@ -118,11 +203,41 @@ def _add(vector: Float[Tensor, "d_model"], made: Editor) -> Edit:
     return edit
 
 
-def _scale(part: SaeSlice, features: FeatureSet | Mapping[str, FeatureSet], factor: float, made: Editor) -> Edit:
+Rule = Callable[[Tensor, Batch], Tensor]
+"""(activations [prompt, position, k], batch) -> what they become."""
+
+
+def _rule(intervention: FeatureEdit, part: SaeSlice) -> Rule:
+    match intervention:
+        case ScaleFeatures(_, factor):
+            return lambda active, batch: factor * active
+        case SetFeatures(_, value):
+            return lambda active, batch: torch.full_like(active, value)
+        case HoldFeatures(_, held, decoding):
+            return lambda active, batch: _recalled(active, batch, held, part.layer, decoding)
+
+
+def _recalled(
+    active: Tensor, batch: Batch, held: Mapping[str, Mapping[int, Held]], layer: int, decoding: str
+) -> Float[Tensor, "prompt position k"]:
+    """The held values at prompt positions; at positions of the answer their mean, or what is there."""
+    recalled = active.clone()
+    for row, name in enumerate(batch.prompt_ids):
+        roles = batch.roles[row]
+        inside = (roles != Role.PADDING) & (roles != Role.RESPONSE)
+        if inside.any():
+            recalled[row, inside] = held[name][layer].values.to(active)
+        if decoding == "mean":
+            recalled[row, roles == Role.RESPONSE] = held[name][layer].mean.to(active)
+    return recalled
+
+
+def _activations(part: SaeSlice, features: Sets, rule: Rule, made: Editor) -> Edit:
     def edit(residual: Tensor, batch: Batch) -> Tensor:
         here = part.to(residual.device)
         chosen = membership(part, features, batch.prompt_ids).to(residual.device)
-        change = (factor - 1) * here.encode(residual) * chosen[:, None, :]
+        active = here.encode(residual)
+        change = (rule(active, batch) - active) * chosen[:, None, :]
         moved = (change != 0).any(-1)
         made.count(moved, batch)
         # Untouched positions keep their bits: adding a zero vector in another type would round them.
@@ -132,9 +247,7 @@ def _scale(part: SaeSlice, features: FeatureSet | Mapping[str, FeatureSet], fact
     return edit
 
 
-def membership(
-    part: SaeSlice, features: FeatureSet | Mapping[str, FeatureSet], prompt_ids: Sequence[str]
-) -> Float[Tensor, "prompt k"]:
+def membership(part: SaeSlice, features: Sets, prompt_ids: Sequence[str]) -> Float[Tensor, "prompt k"]:
     """1 where a row's own set holds the slice's feature. Raises KeyError for a prompt that has no set."""
     rows = []
     for prompt_id in prompt_ids:

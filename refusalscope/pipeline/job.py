@@ -20,6 +20,8 @@ from refusalscope.pipeline.options import Options
 
 Progress = Callable[[str, int, int], None]
 LARGEST_BATCH = 64
+VALUE_SHARES = (0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
+"""Of a set's mean largest activation on harmful prompts: small ones too, since the whole mean breaks the text."""
 
 
 class Job:
@@ -68,6 +70,11 @@ class Job:
     @property
     def factors(self) -> tuple[float, ...]:
         return self.options.factors or self.target.factors
+
+    def values(self, typical: float) -> tuple[float, ...]:
+        """Values that features are set to: those given, else shares of what is typical of them, three digits each."""
+        given = self.options.values or self.target.values
+        return given or tuple(float(f"{share * typical:.3g}") for share in VALUE_SHARES)
 
     def key(self, stage: str, *inputs: Any) -> str:
         """Cache key of a stage: the model, the versions and batch size that shape its numbers, and its inputs."""

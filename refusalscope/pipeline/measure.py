@@ -13,11 +13,12 @@ from refusalscope.core.types import Finding, Prompts, Responses, SaeSlice
 from refusalscope.evals import capability, judges
 from refusalscope.mechanism.interventions import needed_features
 from refusalscope.pipeline.environment import versions
-from refusalscope.pipeline.fit import Chosen, Fitted
+from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.options import Options, as_plain
+from refusalscope.pipeline.select import Chosen
 from refusalscope.report import page, plots
-from refusalscope.studies import benchmark, health
+from refusalscope.studies import attribution, benchmark, health
 from refusalscope.studies.benchmark import Arm
 
 
@@ -32,7 +33,7 @@ def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
     unedited = _answers(job, datasets[harmless], benchmark.BASE, {})
     judged = partial(_judged, job, fitted, chosen, cut_off_counts=judges.ordinarily_ends(unedited))
     arms, tried = _strengths(job, fitted, chosen, judged, validation)
-    pairs = list(_grid(arms, datasets))
+    pairs = [*_grid(arms, datasets), *((arm, harmless) for arm in _inductions(job, chosen))]
     answered = []
     for done, (arm, dataset) in enumerate(pairs):
         job.progress(f"answering {dataset}: {arm.label}", done, len(pairs))
@@ -46,10 +47,10 @@ def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
         {**datasets, validation.name: validation},
         costs,
         cost_prompts=harmless,
-        caveats=(*fitted.notes, *fitted.direction.caveats),
-        provenance=_provenance(job, fitted, chosen),
+        caveats=(*fitted.notes, *fitted.direction.caveats, *chosen.notes),
+        provenance=provenance(job, fitted, chosen),
     )
-    return _keep_finding(job, finding)
+    return keep_finding(job, finding)
 
 
 def run_health(job: Job, fitted: Fitted) -> Finding:
@@ -75,7 +76,14 @@ def run_health(job: Job, fitted: Fitted) -> Finding:
         },
     )
     layers = [capability.LayerHealth(**layer) for layer in measured["layers"]]
-    return _keep_finding(job, health.summarise(layers, rows.name, provenance=_provenance(job, fitted, None)))
+    return keep_finding(job, health.summarise(layers, rows.name, provenance=provenance(job, fitted, None)))
+
+
+def run_attribution(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
+    """Where along the layers attribution falls, and how much the SAEs' error term carries."""
+    totals = job.store.read("attributions/layers.json", dict)
+    name = fitted.data.harmful_train.name
+    return keep_finding(job, attribution.summarise(totals, name, provenance=provenance(job, fitted, chosen)))
 
 
 def write_report(store: Store) -> str:
@@ -89,8 +97,10 @@ def write_report(store: Store) -> str:
     return "report.html"
 
 
-def describe_run(job: Job, fitted: Fitted, finding: Finding) -> None:
+def describe_run(job: Job, fitted: Fitted) -> None:
     """Write `run.json`: what the report says of the run as a whole, first things first."""
+    standing = "findings/benchmark.json" in job.store.paths("findings", ".json")
+    finding = job.store.read("findings/benchmark.json", Finding) if standing else None
     about = {
         "title": f"Why does {job.target.name} refuse?",
         "model": job.target.name,
@@ -110,9 +120,9 @@ def describe_run(job: Job, fitted: Fitted, finding: Finding) -> None:
     job.store.get("run.json", fingerprint(to_json(about).decode()), dict, partial(_same, about))
 
 
-def refusal_notices(job: Job, finding: Finding) -> list[str]:
+def refusal_notices(job: Job, finding: Finding | None) -> list[str]:
     """For prompts that are not the model's own: how few of the harmful ones it refuses to begin with."""
-    if job.options.prompts is None:
+    if job.options.prompts is None or finding is None:
         return []
     notices = []
     for name, rows in job.sets.evaluation.items():
@@ -132,7 +142,7 @@ def command(options: Options, name: str) -> str:
     for key, value in as_plain(options).items():
         if key == "model" or value == Options.model_fields[key].get_default(call_default_factory=True):
             continue
-        flag = "--" + {"factors": "factor"}.get(key, key).replace("_", "-")
+        flag = "--" + {"factors": "factor", "methods": "method", "values": "value"}.get(key, key).replace("_", "-")
         if value is True:
             words.append(flag)
         elif isinstance(value, dict):
@@ -161,6 +171,13 @@ def _strengths(
             drawn = [other for other in chosen.sets if other.startswith("random-") and other.partition("-k")[2] == size]
             arms += [benchmark.scale_arm(chosen.sets[other], best, draw=_draw(other)) for other in drawn]
     return arms, tried
+
+
+def _inductions(job: Job, chosen: Chosen) -> list[Arm]:
+    """Every set held at a range of values: all of them under --full, else the first alone."""
+    names = [name for name in chosen.sets if not name.startswith("random-")]
+    wanted = names if job.options.full else names[:1]
+    return [benchmark.set_arm(chosen.sets[name], v) for name in wanted for v in job.values(chosen.typical[name])]
 
 
 def _draw(name: str) -> int:
@@ -219,7 +236,8 @@ def _cost(job: Job, chosen: Chosen, rows: Prompts, unedited: Responses, arm: Arm
     return capability.Cost(**made)
 
 
-def _provenance(job: Job, fitted: Fitted, chosen: Chosen | None) -> dict[str, Any]:
+def provenance(job: Job, fitted: Fitted, chosen: Chosen | None) -> dict[str, Any]:
+    """What a finding was made from."""
     return {
         "model": job.target.name,
         "model_and_saes": job.target.identity,
@@ -230,7 +248,8 @@ def _provenance(job: Job, fitted: Fitted, chosen: Chosen | None) -> dict[str, An
     }
 
 
-def _keep_finding(job: Job, finding: Finding) -> Finding:
+def keep_finding(job: Job, finding: Finding) -> Finding:
+    """Write `findings/<study>.json`."""
     path = f"findings/{finding.study}.json"
     return job.store.get(path, fingerprint(to_json(asdict(finding)).decode()), Finding, partial(_same, finding))
 

@@ -5,7 +5,7 @@ Contradictions are rejected when it is made. The defaults live here and nowhere 
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from refusalscope.core.store import write_atomically
 
 RUN_FILE = "options.toml"
+
+
+Method = Literal["cosine+attribution", "cosine", "cosine+gradient", "attribution", "activation-difference", "random"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 class Options(BaseModel):
@@ -28,8 +32,10 @@ class Options(BaseModel):
     limit: int | None = Field(default=None, ge=1)
     full: bool = False
     k: int = Field(default=20, ge=1)
+    methods: tuple[Method, ...] | None = None
     draws: int | None = Field(default=None, ge=3)
     factors: tuple[FiniteFloat, ...] | None = None
+    values: tuple[FiniteFloat, ...] | None = None
     refusal_token: tuple[str, ...] = ()
     best_layer: int | None = Field(default=None, ge=0)
     keep_unrefused: bool = False
@@ -48,12 +54,27 @@ class Options(BaseModel):
             raise ValueError("--full is the testbed's own grid of data sets: it needs the model testbed")
         if self.factors is not None and not self.factors:
             raise ValueError("--factor needs at least one value")
+        if self.values is not None and not self.values:
+            raise ValueError("--value needs at least one value")
+        if self.methods is not None and not set(self.methods) - {"random"}:
+            raise ValueError("--method random is a control of other sets: name one of them too")
         return self
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """The set sizes K* that are tried."""
         return tuple(dict.fromkeys((self.k, 5))) if self.full else (self.k,)
+
+    @property
+    def wanted_methods(self) -> tuple[Method, ...]:
+        """The feature sets that are made, in the order of METHODS."""
+        few: tuple[Method, ...] = ("cosine+attribution", "cosine", "random")
+        wanted = self.methods or (METHODS if self.full else few)
+        return tuple(method for method in METHODS if method in wanted)
+
+    def set_name(self, method: str, k: int) -> str:
+        """The name of a set's artifact; the main size K* goes without saying."""
+        return method if k == self.k else f"{method}-k{k}"
 
     @property
     def random_draws(self) -> int:

@@ -5,6 +5,7 @@ by prompt. Knows nothing of files; whoever drives it decides what is answered ag
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,18 @@ from refusalscope.core.types import Direction, FeatureSet, Finding, Prompts, Res
 from refusalscope.evals.capability import Cost
 from refusalscope.evals.judges import OUTCOMES
 from refusalscope.inputs.chat import ChatModel
-from refusalscope.mechanism.interventions import AddDirection, Intervention, RemoveDirection, ScaleFeatures, editor
+from refusalscope.mechanism.interventions import (
+    AddDirection,
+    Intervention,
+    RemoveDirection,
+    ScaleFeatures,
+    SetFeatures,
+    editor,
+)
 
 QUESTION = "Does editing these SAE features change whether the model refuses, and what does the edit cost?"
-RATES = (*OUTCOMES, "complied", "refused_first_token")
+RATES = (*OUTCOMES, "coherent", "complied", "refused_first_token")
+COMPARED = ("refused", "answered", "complied")
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,11 @@ def scale_arm(features: FeatureSet, factor: float, *, method: str | None = None,
     """Every feature of a set scaled by `factor`; the setting names factor, set size and, for random sets, the draw."""
     setting = f"scale c={factor:g} k={len(features)}" + ("" if draw is None else f" draw={draw}")
     return Arm(method or features.method, setting, ScaleFeatures(features, factor))
+
+
+def set_arm(features: FeatureSet, value: float) -> Arm:
+    """Every feature of a set held at `value`: induction of refusal on harmless prompts."""
+    return Arm(features.method, f"set v={value:g} k={len(features)}", SetFeatures(features, value))
 
 
 def answer(
@@ -100,6 +114,7 @@ def summarise(
             change = stats.paired_difference(answered.score("refused"), before, clusters)
             rows.append(_row(answered.dataset, answered.method, "refused_change", answered.setting, change))
     rows += _pooled_draws(responses, base, prompts)
+    rows += _comparisons(responses, prompts)
     for (method, setting), measured in _with_pooled(costs).items():
         rows += _cost_rows(method, setting, measured, prompts[cost_prompts])
     untouched = [f"{r.method} {r.setting} on {r.dataset}" for r in responses if r.method != "base" and r.changed == 0]
@@ -134,6 +149,50 @@ def _pooled_draws(
             change = stats.paired_difference(together.score("refused"), before, clusters)
             rows.append(_row(dataset, method, "refused_change", setting, change))
     return rows
+
+
+def _comparisons(responses: Sequence[Responses], prompts: Mapping[str, Prompts]) -> list[Row]:
+    """The reference set against every other edit of equal size, prompt by prompt; random draws by their mean."""
+    arms: dict[tuple[str, str], dict[str, list[Responses]]] = {}
+    for answered in responses:
+        size = _scaled_size(answered.setting)
+        for k in [size] if size else _all_sizes(responses) if answered.setting == "remove" else []:
+            arms.setdefault((answered.dataset, k), {}).setdefault(answered.method, []).append(answered)
+    rows = []
+    for (dataset, k), methods in arms.items():
+        first = next((name for name in methods if name != "direction"), None)
+        if first is None or (len(methods[first]) > 1 and first != "random"):
+            continue  # a validation set, on which every factor was tried
+        for other in methods:
+            for metric in COMPARED if other != first else ():
+                change = _difference(methods[first], methods[other], metric, prompts[dataset].clusters)
+                if change.n:
+                    rows.append(_row(dataset, f"{first} vs {other}", f"{metric}_difference", f"k={k}", change))
+    return rows
+
+
+def _difference(
+    ours: Sequence[Responses], theirs: Sequence[Responses], metric: str, clusters: Sequence[str]
+) -> Estimate:
+    if len(ours) == len(theirs) == 1:
+        return stats.paired_difference(ours[0].score(metric), theirs[0].score(metric), clusters)
+    pairs = zip(_mean_scores(ours, metric), _mean_scores(theirs, metric), strict=True)
+    return stats.mean([a - b for a, b in pairs], clusters)
+
+
+def _mean_scores(draws: Sequence[Responses], metric: str) -> list[float]:
+    """Each prompt's score, a mean over draws; NaN where any draw is unscored."""
+    return [sum(scores) / len(draws) for scores in zip(*(draw.score(metric) for draw in draws), strict=True)]
+
+
+def _scaled_size(setting: str) -> str:
+    """The set size of a scaling, or the empty string."""
+    found = re.fullmatch(r"scale c=\S+ k=(\d+)(?: draw=\d+)?", setting)
+    return found[1] if found else ""
+
+
+def _all_sizes(responses: Sequence[Responses]) -> list[str]:
+    return sorted({size for answered in responses if (size := _scaled_size(answered.setting))}, key=int)
 
 
 def _pooled_setting(setting: str) -> str:

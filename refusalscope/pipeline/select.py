@@ -1,0 +1,271 @@
+"""From a direction to feature sets: one pass over the SAEs, every set of method 4 chosen from what it read."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from refusalscope.core.scores import Attribution, Scores, Trace
+from refusalscope.core.types import Feature, FeatureSet, Prompts, SaeSlice
+from refusalscope.mechanism import attribution, direction, features
+from refusalscope.mechanism.attribution import Entries, LayerTotals, Scheme
+from refusalscope.mechanism.features import Choice, LayerSurvey
+from refusalscope.pipeline.fit import Fitted
+from refusalscope.pipeline.job import Job
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The feature sets, by the name of their artifact, and the SAE slices that edit them."""
+
+    sets: Mapping[str, FeatureSet]
+    slices: Mapping[int, SaeSlice]
+    typical: Mapping[str, float]
+    """Set -> its features' mean largest activation on refused harmful prompts."""
+    notes: tuple[str, ...]
+
+
+class Reading(NamedTuple):
+    """What one pass over the SAEs read; the lists hold one item a layer."""
+
+    surveys: list[LayerSurvey]
+    candidates: Attribution
+    slopes: Attribution | None
+    """The candidates' attribution by the clean gradient, if wanted."""
+    scores: Scores | None
+    """All features, if `attribution` is wanted."""
+    highest: tuple[Scores, Scores] | None
+    """On harmful and on harmless prompts, if `activation-difference` is wanted."""
+    totals: list[LayerTotals]
+
+
+def choose_features(job: Job, fitted: Fitted) -> Chosen:
+    """Attribute refusal to features, choose every set, and write sets, table and slices."""
+    key = job.key(
+        *("features", fitted.direction, fitted.data, job.options.sizes, job.options.random_draws, job.options.seed),
+        job.options.wanted_methods,
+    )
+    if not _features_stand(job, key):
+        _make_features(job, fitted, key)
+    index = job.store.read("features/index.json", dict)
+    sets = {name: job.store.read(f"features/{name}.json", FeatureSet) for name in index["sets"]}
+    slices = {int(layer): job.store.read(f"slices/layer_{layer}.safetensors", SaeSlice) for layer in index["layers"]}
+    return Chosen(sets, slices, index["typical"], tuple(index["notes"]))
+
+
+def _features_stand(job: Job, key: str) -> bool:
+    if not job.store.has("features/index.json", key):
+        return False
+    index = job.store.read("features/index.json", dict)
+    paths = [f"features/{name}.json" for name in (*index["sets"], "table")]
+    paths += [f"slices/layer_{layer}.safetensors" for layer in index["layers"]]
+    paths += ["attributions/candidates.safetensors", "attributions/layers.json"]
+    return all(job.store.has(path, key) for path in paths)
+
+
+def _make_features(job: Job, fitted: Fitted, key: str) -> None:
+    refused = refused_prompts(job, fitted, fitted.data.harmful_train)
+    nodes = attribution.enough_nodes(job.model, refused, fitted.direction, layers=job.saes.layers)
+    traces = make_traces(job, fitted, refused, attribution.sound(nodes[-1].nodes))
+    attribution.check_flipped(traces)
+    reading = read_layers(job, fitted, refused, traces)
+    named = _named_sets(job, reading)
+    sets = {name: made.features for name, made in named.items()} | _controls(job, reading, named)
+    table = [row for name, made in named.items() for row in _table_rows(job, name, made)]
+    slices = job.saes.slices(union(sets.values()))
+    _describe(job, table, slices)
+    for layer, part in slices.items():
+        job.store.put(f"slices/layer_{layer}.safetensors", key, part)
+    for name, chosen in sets.items():
+        job.store.put(f"features/{name}.json", key, chosen)
+    job.store.put("features/table.json", key, {"rows": table})
+    job.store.put("attributions/candidates.safetensors", key, reading.candidates)
+    job.store.put("attributions/layers.json", key, _totals(reading, refused, nodes))
+    index = {
+        "sets": list(sets),
+        "layers": list(slices),
+        "typical": _typical(sets, slices, traces),
+        "notes": _notes(nodes, sets, job.options.sizes),
+    }
+    # The index comes last: while it is missing, a killed stage is made again.
+    job.store.put("features/index.json", key, index)
+
+
+def refused_prompts(job: Job, fitted: Fitted, rows: Prompts) -> Prompts:
+    """The prompts whose first token refuses; all of them under --keep-unrefused."""
+    if job.options.keep_unrefused:
+        return rows
+    first = direction.first_tokens(job.model, rows, batch_size=job.batch_size).argmax.tolist()
+    return rows.keep(
+        prompt for prompt, token in zip(rows.ids, first, strict=True) if token in fitted.direction.refusal_tokens
+    )
+
+
+def make_traces(job: Job, fitted: Fitted, rows: Prompts, scheme: Scheme) -> list[Trace]:
+    """Traces of all prompts under one scheme, batch by batch."""
+    made = []
+    for done, (_, tokens) in enumerate(batches := list(job.model.batches(rows, job.batch_size))):
+        job.progress(f"attribution: gradients ({scheme.name})", done, len(batches))
+        made.append(attribution.trace(job.model, tokens, fitted.direction, layers=job.saes.layers, scheme=scheme))
+    return made
+
+
+def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Trace]) -> Reading:
+    """Open each layer's SAE once and read everything off it that any wanted set needs."""
+    wanted, most = job.options.wanted_methods, max(job.options.sizes)
+    harmful = features.traced_residuals(traces)
+    slope_traces = make_traces(job, fitted, refused, attribution.gradient()) if "cosine+gradient" in wanted else []
+    plain = fitted.data.harmless_train
+    harmless = (
+        features.scored_residuals(job.model, plain, job.saes.layers, batch_size=job.batch_size)
+        if "activation-difference" in wanted
+        else None
+    )
+    surveys: list[LayerSurvey] = []
+    entries: list[Entries] = []
+    slopes: list[Entries] = []
+    scores: list[Scores] = []
+    highest: list[tuple[Scores, Scores]] = []
+    totals: list[LayerTotals] = []
+    for done, layer in enumerate(job.saes.layers):
+        job.progress("features: reading SAEs", done, len(job.saes.layers))
+        sae = job.saes.layer(layer)
+        surveys.append(features.survey(sae, harmful, fitted.direction, keep=max(features.PER_LAYER, most)))
+        listed = features.candidates(surveys[-1:])[layer]
+        entries += attribution.layer_entries(sae, traces, listed)
+        totals.append(attribution.layer_totals(sae, traces))
+        if slope_traces:
+            slopes += attribution.layer_entries(sae, slope_traces, listed)
+        if "attribution" in wanted:
+            scores.append(features.layer_scores(sae, traces, k=most))
+        if harmless is not None:
+            highest.append(features.layer_highest(sae, harmful, harmless))
+    return Reading(
+        surveys,
+        attribution.assemble(traces, entries),
+        attribution.assemble(slope_traces, slopes) if slope_traces else None,
+        features.join(scores) if scores else None,
+        (features.join([a for a, _ in highest]), features.join([b for _, b in highest])) if highest else None,
+        totals,
+    )
+
+
+def _named_sets(job: Job, reading: Reading) -> dict[str, Choice]:
+    """Every wanted set but the random ones, at every size, by the name of its artifact."""
+    seed = job.options.seed
+    sources = {"cosine+attribution": features.prompt_scores(reading.candidates)}
+    if reading.slopes is not None:
+        sources["cosine+gradient"] = features.prompt_scores(reading.slopes, method="cosine+gradient")
+    if reading.scores is not None:
+        sources["attribution"] = reading.scores
+    made: dict[str, Choice] = {}
+    for k in job.options.sizes:
+        chosen = {name: features.choose(scores, k, seed=seed) for name, scores in sources.items()}
+        if reading.highest is not None:
+            chosen["activation-difference"] = features.choose_difference(*reading.highest, k, seed=seed)
+        if "cosine" in job.options.wanted_methods:
+            chosen["cosine"] = Choice(features.cosine(reading.surveys, k), (), ())
+        made |= {job.options.set_name(name, k): choice for name, choice in chosen.items()}
+    return {name: made[name] for name in made if name.partition("-k")[0] in job.options.wanted_methods}
+
+
+def _controls(job: Job, reading: Reading, named: Mapping[str, Choice]) -> dict[str, FeatureSet]:
+    """Random draws matched with cosine+attribution (else the first set), outside all sets and candidates."""
+    if "random" not in job.options.wanted_methods or not named:
+        return {}
+    excluded = {feature for made in named.values() for feature in made.features.features}
+    excluded |= {Feature(layer, i) for layer, listed in features.candidates(reading.surveys).items() for i in listed}
+    controls = {}
+    for k in job.options.sizes:
+        matched = named.get(job.options.set_name("cosine+attribution", k), next(iter(named.values())))
+        for draw in range(job.options.random_draws):
+            seed = job.options.seed + draw
+            name = job.options.set_name(f"random-{draw}", k)
+            controls[name] = features.random_like(matched.features.top(k), reading.surveys, excluded, seed=seed)
+    return controls
+
+
+def _notes(nodes: Sequence[attribution.NodeCheck], sets: Mapping[str, FeatureSet], sizes: Sequence[int]) -> list[str]:
+    notes = []
+    if nodes[-1].change > attribution.NODE_TOLERANCE:
+        notes.append(
+            f"The attribution's gradients still move by {nodes[-1].change:.1%} when its {nodes[-1].nodes} nodes are "
+            "doubled."
+        )
+    for name, chosen in sets.items():
+        if len(chosen) < (asked := _asked(name, sizes)):
+            notes.append(f"{name} holds {len(chosen)} features, not {asked}: no other one has a positive score.")
+    return notes
+
+
+def _typical(
+    sets: Mapping[str, FeatureSet], slices: Mapping[int, SaeSlice], traces: Sequence[Trace]
+) -> dict[str, float]:
+    """The mean over a set's features of their mean largest activation on the prompts of the traces."""
+    residuals = features.traced_residuals(traces)
+    means: dict[Feature, float] = {}
+    for layer, part in slices.items():
+        named = (Feature(layer, index) for index in part.features.tolist())
+        means |= dict(zip(named, features.highest(part, residuals).mean(0).tolist(), strict=True))
+    return {name: sum(means[f] for f in chosen.features) / max(1, len(chosen)) for name, chosen in sets.items()}
+
+
+def _asked(name: str, sizes: Sequence[int]) -> int:
+    _, _, size = name.partition("-k")
+    return int(size) if size else sizes[0]
+
+
+def _totals(reading: Reading, refused: Prompts, nodes: Sequence[attribution.NodeCheck]) -> dict[str, Any]:
+    """Per layer and prompt: what candidates, all features and the error term carry, and how the nodes were chosen."""
+    found = reading.candidates
+    layers = []
+    for part in reading.totals:
+        inside = found.layer == part.layer
+        listed = [0.0] * len(refused)
+        for prompt, value in zip(found.prompt[inside].tolist(), found.value[inside].tolist(), strict=True):
+            listed[prompt] += value
+        layers.append(
+            {
+                "layer": part.layer,
+                "candidates": listed,
+                "features": part.features.tolist(),
+                "error": part.error.tolist(),
+            }
+        )
+    checks = [{"nodes": check.nodes, "change": check.change} for check in nodes]
+    return {"prompt_ids": list(refused.ids), "clusters": list(refused.clusters), "layers": layers, "nodes": checks}
+
+
+def union(sets: Iterable[FeatureSet]) -> dict[int, list[int]]:
+    """Layer -> the features of any of the sets, ascending."""
+    layers: dict[int, set[int]] = {}
+    for chosen in sets:
+        for layer, indices in chosen.by_layer().items():
+            layers.setdefault(layer, set()).update(indices)
+    return {layer: sorted(indices) for layer, indices in sorted(layers.items())}
+
+
+def _table_rows(job: Job, name: str, made: Choice) -> list[dict[str, Any]]:
+    size = _asked(name, job.options.sizes)
+    label = "" if size == job.options.k else f" (K* = {size})"
+    chosen = made.features
+    return [
+        {
+            "method": f"{chosen.method}{label}",
+            "k": size,
+            "rank": rank + 1,
+            "layer": feature.layer,
+            "index": feature.index,
+            "score": chosen.scores[rank],
+            "chosen": made.chosen[rank] if made.chosen else None,
+            "stability": made.stability[rank] if made.stability else None,
+        }
+        for rank, feature in enumerate(chosen.features)
+    ]
+
+
+def _describe(job: Job, table: list[dict[str, Any]], slices: Mapping[int, SaeSlice]) -> None:
+    """Add to each row the tokens that its decoder row promotes and suppresses through the unembedding."""
+    for row in table:
+        vector = slices[row["layer"]].take([row["index"]]).decoder
+        row["promoted"] = job.model.promoted(vector, 8)[0]
+        row["suppressed"] = job.model.promoted(-vector, 8)[0]
