@@ -65,13 +65,17 @@ Seed = Annotated[int | None, typer.Option(help="Seed of random sets and resample
 
 def run_chain(job: "Job") -> str:
     """The whole job: each line one arrow. Returns the page's path in the run folder."""
-    from refusalscope.pipeline import fit, measure, select
+    from refusalscope.pipeline import explain, fit, measure, select, verify
 
     fitted = fit.fit(job)
     chosen = select.choose_features(job, fitted)
     measure.run_benchmark(job, fitted, chosen)
     measure.run_health(job, fitted)
     measure.run_attribution(job, fitted, chosen)
+    explain.explain_features(job, fitted, chosen)
+    explain.explain_prompts(job, fitted, chosen)
+    if job.options.full:
+        verify.run_verification(job, fitted)
     measure.describe_run(job, fitted)
     return measure.write_report(job.store)
 

@@ -21,6 +21,8 @@ from refusalscope.report import page, plots
 from refusalscope.studies import attribution, benchmark, health
 from refusalscope.studies.benchmark import Arm
 
+STRENGTHS = "features/strengths.json"
+
 
 def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
     """Choose each set's factor on validation prompts, answer every data set under every arm, count the cost."""
@@ -157,19 +159,25 @@ def command(options: Options, name: str) -> str:
 def _strengths(
     job: Job, fitted: Fitted, chosen: Chosen, judged: Callable[[Prompts, Arm], Responses], validation: Prompts
 ) -> tuple[list[Arm], list[Responses]]:
-    """Every arm of the grid, each set at the factor that did best on validation, and all that was tried there."""
+    """Every arm of the grid, each set at the factor that did best on validation, and all that was tried there.
+
+    The factors are written to `features/strengths.json`; random draws take that of the set they are matched with.
+    """
     arms, tried = benchmark.direction_arms(fitted.direction), [judged(validation, benchmark.BASE)]
     fixed = [name for name in chosen.sets if not name.startswith("random-")]
+    factors: dict[str, float] = {}
     for done, name in enumerate(fixed):
         job.progress("choosing strengths on validation prompts", done, len(fixed))
         by_factor = {c: judged(validation, benchmark.scale_arm(chosen.sets[name], c)) for c in job.factors}
         tried += by_factor.values()
         best = benchmark.choose_factor(by_factor)
         arms.append(benchmark.scale_arm(chosen.sets[name], best))
-        method, _, size = name.partition("-k")
-        if method == "cosine+attribution":
+        size = name.partition("-k")[2]
+        if size not in {other.partition("-k")[2] for other in factors}:
             drawn = [other for other in chosen.sets if other.startswith("random-") and other.partition("-k")[2] == size]
             arms += [benchmark.scale_arm(chosen.sets[other], best, draw=_draw(other)) for other in drawn]
+        factors[name] = best
+    job.store.get(STRENGTHS, fingerprint(factors), dict, partial(_same, factors))
     return arms, tried
 
 
