@@ -6,46 +6,14 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
-import torch
 
-from refusalscope.core.store import Store
-from refusalscope.core.types import Direction, Finding, LayerScores, NaN, Prompt, Prompts, Response, Responses, Row
-from refusalscope.report import page, plots
+from refusalscope.core.types import Finding
+from refusalscope.report import page, plots, sentences
+from tests.sample_run import benchmark_rows, health_rows, make_run, rate
 
-ATTACK = (
-    "<script>alert('x')</script></details><img src=http://evil.example/x.png onerror=\"alert(1)\"> \u202e& {{ 7*7 }}"
-)
-EDIT = "scale c=-1 k=20"
 VOID = {"meta", "br", "img", "input", "link", "hr"}
-
-
-def rate(dataset, method, metric, setting, estimate, n=50, coverage=1.0, width=0.05):
-    if estimate is None:
-        return Row(dataset, method, metric, setting, 0, None, None, None, 0.0)
-    return Row(dataset, method, metric, setting, n, estimate, estimate - width, estimate + width, coverage)
-
-
-def outcomes(dataset, method, setting, refused, answered, **details):
-    shares = {"refused": refused, "answered": answered, "incoherent": 1 - refused - answered}
-    return [rate(dataset, method, metric, setting, share, **details) for metric, share in shares.items()]
-
-
-def benchmark_rows():
-    rows = outcomes("harmful", "base", "", 0.94, 0.06)
-    rows += [*outcomes("harmful", "cosine+attribution", EDIT, 0.1, 0.8)]
-    rows += [rate("harmful", "cosine+attribution", "refused_change", EDIT, -0.84)]
-    for draw in (0, 1):
-        rows += outcomes("harmful", "random", f"{EDIT} draw={draw}", 0.9, 0.1)
-    rows += outcomes("harmful", "random", f"{EDIT} mean", 0.9, 0.1, n=100)
-    rows += outcomes("harmless", "base", "", 0.0, 1.0)
-    rows += outcomes("harmless", "a new <method>", "", 0.02, 0.9, coverage=0.62)
-    rows += [rate("never heard of", "base", metric, "", None) for metric in plots.OUTCOMES]
-    rows += outcomes("harmful-validation", "base", "", 0.95, 0.05)
-    for factor, refused in ((0.5, 0.9), (-1, 0.1)):
-        rows += outcomes("harmful-validation", "cosine+attribution", f"scale c={factor:g} k=20", refused, 1 - refused)
-    rows += [rate("harmless", "cosine+attribution", metric, EDIT, 0.031, width=0.004) for metric in plots.COSTS]
-    return tuple(rows)
 
 
 @pytest.fixture(scope="module")
@@ -56,55 +24,7 @@ def benchmark():
 
 @pytest.fixture(scope="module")
 def health():
-    rows = [
-        rate("harmless", "sae", metric, f"layer={layer}", 0.9 - layer / 10)
-        for layer in (0, 1)
-        for metric in (*plots.QUALITIES, "l0")
-    ]
-    return Finding("health", "Are they faithful?", tuple(rows), ("Layer 1 is poor.",), {"model": "tiny"})
-
-
-def answered(dataset, method, setting, text):
-    scores, reasons = {"refused": 0.0, "answered": 1.0, "incoherent": 0.0}, {"answered": f"because {ATTACK}"}
-    row = Response("p0", text, 1, 5, "length", scores, reasons)
-    unscored = Response("p1", "nothing to see", None, 0, "end", dict.fromkeys(scores, NaN))
-    return Responses(dataset, method, setting, (row, unscored), changed=1)
-
-
-def make_run(folder, benchmark, health):
-    store = Store(folder)
-    options = {
-        "model": "tiny",
-        "prompts": "/home/ada lovelace/secret/p.csv",
-        "limit": None,
-        "derived": {"batch_size": 8},
-    }
-    about = {
-        "model": f"tiny {ATTACK}",
-        "title": f"Why does tiny refuse? {ATTACK}",
-        "command": "refusalscope run tiny --prompts '/home/ada lovelace/secret/p.csv'",
-        "options": options,
-        "notices": ["tiny refuses 3 of 50 of /home/ada lovelace/secret/p.csv."],
-        "versions": {"torch": "2.9"},
-        "limit_tokens": 64,
-        "refusal_token_texts": [" I", "</code>"],
-    }
-    store.put("run.json", "", about)
-    store.put("findings/benchmark.json", "", benchmark)
-    store.put("findings/health.json", "", health)
-    scores = (LayerScores(1, 0.02, -3.5, 2.0, 0.01, -3.0), LayerScores(2, 0.5, 1.0, -1.0, 0.4, 1.5))
-    direction = Direction(torch.ones(4), 1, torch.zeros(2), (7,), scores, {"harmful_train": 20}, ("Few prompts.",))
-    store.put("direction.safetensors", "", direction)
-    feature = {"layer": 1, "index": 9, "rank": 1, "score": 0.5, "promoted": [" sorry", ATTACK], "suppressed": []}
-    chosen = {**feature, "method": "cosine+attribution", "chosen": 0.75, "stability": 1.0}
-    plain = {**feature, "method": "cosine", "chosen": None, "stability": None}
-    store.put("features/table.json", "", {"rows": [chosen, plain]})
-    for dataset in ("harmful", "harmless"):
-        rows = tuple(Prompt(f"p{i}", f"{dataset} prompt {i} {ATTACK}", dataset) for i in range(6))
-        store.put(f"prompts/{dataset}.jsonl", "", Prompts(dataset, rows))
-    for name, arm in {"base": ("base", ""), "edit": ("cosine+attribution", EDIT)}.items():
-        store.put(f"responses/harmful/{name}.jsonl", "", answered("harmful", *arm, f"{name} said {ATTACK}"))
-    return store
+    return Finding("health", "Are they faithful?", health_rows(), ("Layer 1 is poor.",), {"model": "tiny"})
 
 
 class Tree(HTMLParser):
@@ -242,7 +162,7 @@ def test_tables_and_figures_are_accessible(html):
 
 
 def test_the_answer_says_how_large_and_how_specific(benchmark):
-    first, second = page.answer(benchmark, {"harmful": "harmful"})
+    first, second = sentences.answer(benchmark, {"harmful": "harmful"})
     assert "scaling the 20 features of cosine+attribution by −1 lowers refusal" in first
     assert "a paired change of −84.0 points [−89.0, −79.0]" in first
     assert "matched random features leave 90.0% [85.0, 95.0] refused" in first
@@ -267,11 +187,11 @@ def test_the_answer_is_honest_about_a_weak_effect(benchmark, changes, expected):
         else row
         for row in benchmark.rows
     )
-    assert expected in page.answer(replace(benchmark, rows=rows), {"harmful": "harmful"})[0]
+    assert expected in sentences.answer(replace(benchmark, rows=rows), {"harmful": "harmful"})[0]
 
 
 def test_without_harmful_prompts_there_is_no_answer(benchmark):
-    assert page.answer(benchmark, {"harmful": "harmless"})[0].startswith("No harmful data set was answered")
+    assert sentences.answer(benchmark, {"harmful": "harmless"})[0].startswith("No harmful data set was answered")
 
 
 def test_figures_are_stable_and_name_what_they_show(benchmark, health, monkeypatch):
@@ -283,7 +203,7 @@ def test_figures_are_stable_and_name_what_they_show(benchmark, health, monkeypat
         "benchmark-strength-harmful-validation",
         "benchmark-cost-harmless",
     ]
-    monkeypatch.setitem(plots.matplotlib.rcParams, "font.size", 30)
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 30)
     assert plots.figures(benchmark) == made
     assert list(plots.figures(health)) == ["health-reconstruction"]
     for svg in made.values():
