@@ -126,6 +126,7 @@ def _nodes(rows: Sequence[Row]) -> Plot | None:
         axes.plot(*zip(*above, strict=True), marker, linestyle=joined, linewidth=1.1, color=colour, markersize=5.5)
     axes.axhline(MOST["completeness_error"], color=INK, linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
     axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the usual one writes mathematics
     number_ticks(axes, (at for at, _ in points))
     axes.set_xlabel("nodes of the integration")
     axes.set_ylabel("share of the gap")

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 LEVELS = 8
 """Steps of the colour scale; level 0 is uncoloured."""
+FAINT = 0.02
+"""Share of the largest value under which a value has no colour."""
 
 
 class Span(NamedTuple):
@@ -44,7 +46,7 @@ def _broken(text: str) -> str:
 
 def level(value: float | None, top: float) -> int:
     """The step of a value on a scale that ends at `top`; what is not finite has no colour."""
-    if value is None or not math.isfinite(value) or top <= 0 or value == 0:
+    if value is None or not math.isfinite(value) or abs(value) <= FAINT * top:
         return 0
     step = min(LEVELS, max(1, math.ceil(LEVELS * abs(value) / top)))
     return step if value > 0 else -step
