@@ -3,7 +3,6 @@
 No driver, no port and no package: messages are JSON ended by a zero byte on descriptors 3 and 4.
 """
 
-import base64
 import contextlib
 import fcntl
 import json
@@ -67,10 +66,6 @@ class Chromium:
     def said(self, method: str) -> list[dict[str, Any]]:
         """The events of one kind since the page was opened."""
         return [event["params"] for event in self.events if event["method"] == method]
-
-    def screenshot(self, *, whole: bool = False) -> bytes:
-        """A PNG of what the window shows, or of the whole page."""
-        return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"])
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         while True:

@@ -68,6 +68,13 @@ def test_the_page_opens_without_an_error_and_fetches_nothing(browser: Chromium, 
     assert {event["request"]["url"] for event in browser.said("Network.requestWillBeSent")} == {report.as_uri()}
 
 
+def test_nothing_is_cut_off_on_paper(browser: Chromium, report: Path) -> None:
+    browser.open(report, 718)  # A4 less its margins
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    assert browser.evaluate(OVERFLOWING) == []
+    browser.call("Emulation.setEmulatedMedia", media="")
+
+
 @pytest.mark.parametrize("start", ["#features ~ .scroll a", '.why a[href^="#feature"]', '.feature a[href^="#why"]'])
 def test_a_link_opens_what_it_leads_to(browser: Chromium, report: Path, start: str) -> None:
     browser.open(report, 390)

@@ -68,7 +68,7 @@ CLAIMS = (
         ("factored_error", "node_error"),
     ),
     Claim(
-        "add up, layer by layer, to the change that they explain",
+        "add up to the whole change where each layer is scored by itself",
         "do not read a layer’s scores as the parts of a whole",
         ("completeness_error",),
     ),
