@@ -6,46 +6,23 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
-import torch
 
-from refusalscope.core.store import Store
-from refusalscope.core.types import Direction, Finding, LayerScores, NaN, Prompt, Prompts, Response, Responses, Row
-from refusalscope.report import page, plots
-
-ATTACK = (
-    "<script>alert('x')</script></details><img src=http://evil.example/x.png onerror=\"alert(1)\"> \u202e& {{ 7*7 }}"
+from refusalscope.core.types import Finding
+from refusalscope.report import page, plots, sentences, tokens, verdict
+from tests.sample_run import (
+    add_close_up,
+    add_new_rows,
+    attribution_rows,
+    benchmark_rows,
+    health_rows,
+    make_run,
+    rate,
+    verification_rows,
 )
-EDIT = "scale c=-1 k=20"
+
 VOID = {"meta", "br", "img", "input", "link", "hr"}
-
-
-def rate(dataset, method, metric, setting, estimate, n=50, coverage=1.0, width=0.05):
-    if estimate is None:
-        return Row(dataset, method, metric, setting, 0, None, None, None, 0.0)
-    return Row(dataset, method, metric, setting, n, estimate, estimate - width, estimate + width, coverage)
-
-
-def outcomes(dataset, method, setting, refused, answered, **details):
-    shares = {"refused": refused, "answered": answered, "incoherent": 1 - refused - answered}
-    return [rate(dataset, method, metric, setting, share, **details) for metric, share in shares.items()]
-
-
-def benchmark_rows():
-    rows = outcomes("harmful", "base", "", 0.94, 0.06)
-    rows += [*outcomes("harmful", "cosine+attribution", EDIT, 0.1, 0.8)]
-    rows += [rate("harmful", "cosine+attribution", "refused_change", EDIT, -0.84)]
-    for draw in (0, 1):
-        rows += outcomes("harmful", "random", f"{EDIT} draw={draw}", 0.9, 0.1)
-    rows += outcomes("harmful", "random", f"{EDIT} mean", 0.9, 0.1, n=100)
-    rows += outcomes("harmless", "base", "", 0.0, 1.0)
-    rows += outcomes("harmless", "a new <method>", "", 0.02, 0.9, coverage=0.62)
-    rows += [rate("never heard of", "base", metric, "", None) for metric in plots.OUTCOMES]
-    rows += outcomes("harmful-validation", "base", "", 0.95, 0.05)
-    for factor, refused in ((0.5, 0.9), (-1, 0.1)):
-        rows += outcomes("harmful-validation", "cosine+attribution", f"scale c={factor:g} k=20", refused, 1 - refused)
-    rows += [rate("harmless", "cosine+attribution", metric, EDIT, 0.031, width=0.004) for metric in plots.COSTS]
-    return tuple(rows)
 
 
 @pytest.fixture(scope="module")
@@ -56,55 +33,7 @@ def benchmark():
 
 @pytest.fixture(scope="module")
 def health():
-    rows = [
-        rate("harmless", "sae", metric, f"layer={layer}", 0.9 - layer / 10)
-        for layer in (0, 1)
-        for metric in (*plots.QUALITIES, "l0")
-    ]
-    return Finding("health", "Are they faithful?", tuple(rows), ("Layer 1 is poor.",), {"model": "tiny"})
-
-
-def answered(dataset, method, setting, text):
-    scores, reasons = {"refused": 0.0, "answered": 1.0, "incoherent": 0.0}, {"answered": f"because {ATTACK}"}
-    row = Response("p0", text, 1, 5, "length", scores, reasons)
-    unscored = Response("p1", "nothing to see", None, 0, "end", dict.fromkeys(scores, NaN))
-    return Responses(dataset, method, setting, (row, unscored), changed=1)
-
-
-def make_run(folder, benchmark, health):
-    store = Store(folder)
-    options = {
-        "model": "tiny",
-        "prompts": "/home/ada lovelace/secret/p.csv",
-        "limit": None,
-        "derived": {"batch_size": 8},
-    }
-    about = {
-        "model": f"tiny {ATTACK}",
-        "title": f"Why does tiny refuse? {ATTACK}",
-        "command": "refusalscope run tiny --prompts '/home/ada lovelace/secret/p.csv'",
-        "options": options,
-        "notices": ["tiny refuses 3 of 50 of /home/ada lovelace/secret/p.csv."],
-        "versions": {"torch": "2.9"},
-        "limit_tokens": 64,
-        "refusal_token_texts": [" I", "</code>"],
-    }
-    store.put("run.json", "", about)
-    store.put("findings/benchmark.json", "", benchmark)
-    store.put("findings/health.json", "", health)
-    scores = (LayerScores(1, 0.02, -3.5, 2.0, 0.01, -3.0), LayerScores(2, 0.5, 1.0, -1.0, 0.4, 1.5))
-    direction = Direction(torch.ones(4), 1, torch.zeros(2), (7,), scores, {"harmful_train": 20}, ("Few prompts.",))
-    store.put("direction.safetensors", "", direction)
-    feature = {"layer": 1, "index": 9, "rank": 1, "score": 0.5, "promoted": [" sorry", ATTACK], "suppressed": []}
-    chosen = {**feature, "method": "cosine+attribution", "chosen": 0.75, "stability": 1.0}
-    plain = {**feature, "method": "cosine", "chosen": None, "stability": None}
-    store.put("features/table.json", "", {"rows": [chosen, plain]})
-    for dataset in ("harmful", "harmless"):
-        rows = tuple(Prompt(f"p{i}", f"{dataset} prompt {i} {ATTACK}", dataset) for i in range(6))
-        store.put(f"prompts/{dataset}.jsonl", "", Prompts(dataset, rows))
-    for name, arm in {"base": ("base", ""), "edit": ("cosine+attribution", EDIT)}.items():
-        store.put(f"responses/harmful/{name}.jsonl", "", answered("harmful", *arm, f"{name} said {ATTACK}"))
-    return store
+    return Finding("health", "Are they faithful?", health_rows(), ("Layer 1 is poor.",), {"model": "tiny"})
 
 
 class Tree(HTMLParser):
@@ -141,11 +70,19 @@ def html(tmp_path_factory, benchmark, health):
     return page.write(make_run(tmp_path_factory.mktemp("report"), benchmark, health))
 
 
+@pytest.fixture(scope="module")
+def full_html(tmp_path_factory, benchmark, health):
+    """The page of a run that has everything: close-ups of features and prompts, and findings on the attributions."""
+    return page.write(add_close_up(make_run(tmp_path_factory.mktemp("full"), add_new_rows(benchmark), health)))
+
+
 def visible(html):
     return re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
 
 
-def test_hostile_text_stays_text(html):
+@pytest.mark.parametrize("fixture", ["html", "full_html"])
+def test_hostile_text_stays_text(fixture, request):
+    html = request.getfixturevalue(fixture)
     tree = Tree(html)
     assert not tree.faults
     assert not tree.open
@@ -158,10 +95,12 @@ def test_hostile_text_stays_text(html):
 def test_answers_to_harmful_prompts_are_folded(html):
     before = html[: html.index("edit said ")]
     assert before.count("<details>") == before.count("</details>") + 1
-    assert "may they be" in before[before.rindex("<details>") :]
+    assert "evidence only" in before[before.rindex("<details>") :]
 
 
-def test_nothing_is_fetched(html):
+@pytest.mark.parametrize("fixture", ["html", "full_html"])
+def test_nothing_is_fetched(fixture, request):
+    html = request.getfixturevalue(fixture)
     tree = Tree(html)
     addresses = [
         attrs[name] for _, attrs in tree.tags for name in ("src", "href", "xlink:href", "data") if attrs.get(name)
@@ -224,16 +163,21 @@ def test_single_draws_are_apart_from_their_mean(html):
     assert html.index("k = 20, mean") < html.index("The single random draws") < html.index("k = 20, draw 1")
 
 
-def test_tables_and_figures_are_accessible(html):
+@pytest.mark.parametrize("fixture", ["html", "full_html"])
+def test_tables_and_figures_are_accessible(fixture, request):
+    html = request.getfixturevalue(fixture)
     tree = Tree(html)
     count = [tag for tag, _ in tree.tags].count
     assert count("table") == count("caption") > 5
     assert all("scope" in attrs for tag, attrs in tree.tags if tag == "th")
     assert dict(tree.tags)["html"] == {"lang": "en"}
     ids = [attrs["id"] for _, attrs in tree.tags if "id" in attrs]
+    inside = {attrs["href"][1:] for _, attrs in tree.tags if attrs.get("href", "").startswith("#")}
+    assert inside <= set(ids)
     # A marker that occurs twice in one figure is defined twice, with one content.
     captions = [name for name in ids if name.startswith("caption-")]
-    named = [attrs["aria-labelledby"] for _, attrs in tree.tags if attrs.get("role") == "img"]
+    drawn = [attrs for _, attrs in tree.tags if attrs.get("role") == "img"]
+    named = [attrs["aria-labelledby"] for attrs in drawn if "aria-label" not in attrs]
     assert named == captions
     assert len(set(captions)) == len(captions) == count("figure")
     levels = [int(tag[1]) for tag, _ in tree.tags if re.fullmatch(r"h[1-6]", tag)]
@@ -242,7 +186,7 @@ def test_tables_and_figures_are_accessible(html):
 
 
 def test_the_answer_says_how_large_and_how_specific(benchmark):
-    first, second = page.answer(benchmark, {"harmful": "harmful"})
+    first, second = sentences.answer(benchmark, {"harmful": "harmful"})
     assert "scaling the 20 features of cosine+attribution by −1 lowers refusal" in first
     assert "a paired change of −84.0 points [−89.0, −79.0]" in first
     assert "matched random features leave 90.0% [85.0, 95.0] refused" in first
@@ -267,11 +211,11 @@ def test_the_answer_is_honest_about_a_weak_effect(benchmark, changes, expected):
         else row
         for row in benchmark.rows
     )
-    assert expected in page.answer(replace(benchmark, rows=rows), {"harmful": "harmful"})[0]
+    assert expected in sentences.answer(replace(benchmark, rows=rows), {"harmful": "harmful"})[0]
 
 
 def test_without_harmful_prompts_there_is_no_answer(benchmark):
-    assert page.answer(benchmark, {"harmful": "harmless"})[0].startswith("No harmful data set was answered")
+    assert sentences.answer(benchmark, {"harmful": "harmless"})[0].startswith("No harmful data set was answered")
 
 
 def test_figures_are_stable_and_name_what_they_show(benchmark, health, monkeypatch):
@@ -283,7 +227,7 @@ def test_figures_are_stable_and_name_what_they_show(benchmark, health, monkeypat
         "benchmark-strength-harmful-validation",
         "benchmark-cost-harmless",
     ]
-    monkeypatch.setitem(plots.matplotlib.rcParams, "font.size", 30)
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 30)
     assert plots.figures(benchmark) == made
     assert list(plots.figures(health)) == ["health-reconstruction"]
     for svg in made.values():
@@ -305,3 +249,143 @@ def test_a_study_without_figures_is_still_shown(store, health):
     html = page.write(store)
     assert "Do probes work?" in html
     assert plots.figures(replace(health, study="probes")) == {}
+
+
+@pytest.mark.parametrize("path", ["features/details.json", "prompts/why.json"])
+def test_a_damaged_close_up_is_named(store, path):
+    kind = path.split("/")[0]
+    store.put(path, "", {kind: [{"layer": 1}]})
+    with pytest.raises(ValueError, match=f"{re.escape(path)} does not hold {kind} as expected"):
+        page.write(store)
+
+
+def test_what_a_run_lacks_is_absent(html):
+    for heading in ('id="feature-pages"', 'id="why"', 'id="trust"', 'id="layers"', 'id="compared"', 'id="induced"'):
+        assert heading not in html
+        assert heading.replace("id=", "href=").replace('="', '="#') not in html
+
+
+def test_harmful_prompts_are_folded_once_more(full_html):
+    entry = full_html[full_html.index('id="feature-1-10"') : full_html.index('id="feature-1-11"')]
+    folded = entry[entry.index("<details>") :]
+    assert folded.index("Show the 1 harmful prompt") < folded.index("harmful p0 · harmful") < folded.index("</details>")
+    assert "harmful p0 · harmful" not in entry[: entry.index("<details>")]
+    view = full_html[: full_html.index('id="why-0"')]
+    assert view.rindex('<details class="why">') > view.rindex("</details>")
+
+
+def test_a_feature_links_to_its_prompts_and_back(full_html):
+    entry = full_html[full_html.index('id="feature-1-9"') : full_html.index('id="feature-1-10"')]
+    assert 'href="#why-0"' in entry
+    view = full_html[full_html.index('id="why-0"') : full_html.index('id="why-1"')]
+    assert 'href="#feature-1-9"' in view
+    assert "It is flipped by cosine+attribution, c = −1, k = 20." in view
+    assert "3.25 logits below" in view
+    assert "2.12 logits above" in view
+
+
+def test_only_prompts_with_edits_say_what_flips_them(full_html):
+    view = full_html[full_html.index('id="why-1"') : full_html.index('id="why-2"')]
+    assert "flip" not in view
+
+
+def test_values_set_stand_apart_from_the_outcomes(full_html):
+    outcomes = full_html[full_html.index('id="results"') : full_html.index('id="compared"')]
+    assert "v = 0.25" not in outcomes
+    induced = full_html[full_html.index('id="induced"') : full_html.index('id="cost"')]
+    assert induced.index("<figure>") < induced.index("<details>") < induced.index("v = 0.25, k = 20")
+    compared = full_html[full_html.index('id="compared"') : full_html.index('id="induced"')]
+    assert "cosine+attribution vs random" in compared
+    assert "30.0 <small>[20.0, 40.0]</small>" in compared
+
+
+def test_figures_of_the_new_studies(benchmark):
+    induced = plots.plots(add_new_rows(benchmark))["benchmark-induced-harmless"]
+    assert "the refusal direction added instead" in induced.caption
+    assert list(plots.figures(Finding("attribution", "", attribution_rows(), (), {}))) == ["attribution-terms"]
+    made = plots.figures(Finding("verification", "", verification_rows(), (), {}))
+    assert list(made) == ["verification-nodes", "verification-correlations"]
+    assert b"mathdefault" not in made["verification-nodes"]
+    assert plots.figures(Finding("verification", "", (), (), {})) == {}
+
+
+def judged(provenance=None, **changes):
+    return verdict.verdict(Finding("verification", "", verification_rows(**changes), (), provenance or {}))
+
+
+def test_the_verdict_says_what_holds():
+    (only,) = judged()
+    assert only.startswith("Yes, as far as tested on held-out prompts: the scores agree with a plain")
+    assert only.endswith("and predict what a feature adds when many are edited together.")
+
+
+def test_the_verdict_says_what_not_to_believe():
+    first, second = judged(alone_correlation=0.2)
+    assert first.startswith("Only in part: on held-out prompts the scores agree")
+    assert "but they do not predict what editing one feature does." in first
+    assert second == "So do not read a feature’s score as what editing it alone would do."
+
+
+def test_the_verdict_names_the_way_of_scoring_that_fails():
+    rows = tuple(
+        replace(row, estimate=0.5, low=0.4) if (row.method, row.metric) == ("paper", "marginal_correlation") else row
+        for row in verification_rows()
+    )
+    first, _ = verdict.verdict(Finding("verification", "", rows, (), {}))
+    assert "edited together (scored by paper)." in first
+
+
+def test_sets_must_be_predicted_better_than_by_the_gradient():
+    rows = tuple(replace(row, estimate=0.98) if row.method == "gradient" else row for row in verification_rows())
+    last = verdict.claims(Finding("verification", "", rows, (), {}))[-1]
+    assert {check.row.method for check in last.failed} == {"sound", "paper"}
+
+
+@pytest.mark.parametrize(("dtype", "holds"), [("float32", False), ("torch.bfloat16", True), ("unheard of", False)])
+def test_the_limit_of_the_computation_depends_on_its_precision(dtype, holds):
+    assert ("take none of the scores" in judged({"dtype": dtype}, factored_error=0.005)[-1]) != holds
+
+
+def test_what_was_not_tested_is_said():
+    rows = tuple(row for row in verification_rows() if row.metric == "alone_correlation")
+    first, second = verdict.verdict(Finding("verification", "", rows, (), {}))
+    assert first.startswith("Yes, as far as tested")
+    assert second.startswith("Not tested: whether they agree with")
+    assert "not put to the test" in verdict.verdict(Finding("verification", "", (), (), {}))[0]
+
+
+def _is_second(row):
+    return (row.setting, row.metric) == ("layer=2", "error")
+
+
+def test_layers_where_the_sae_misses_much_are_named():
+    finding = Finding("attribution", "", attribution_rows(), (), {})
+    rows = tuple(
+        replace(r, estimate=0.01, low=0.0) if "=2" in r.setting and r.metric == "error" else r for r in finding.rows
+    )
+    assert verdict.blind_layers(finding) == [1, 2, 3]
+    assert verdict.blind_layers(replace(finding, rows=rows)) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\n", "↵"),
+        (" ", "␣"),
+        (" sorry", " sorry"),
+        ("", "∅"),
+        ("\t", "␉"),
+        ("a\u202eb", "a[U+202E]b"),
+        ("مرحبا", "مرحبا"),
+    ],
+)
+def test_no_token_is_invisible(text, shown):
+    assert tokens.visible(text) == shown
+
+
+def test_tokens_without_colour_are_one_piece():
+    made = tokens.spans(["a", "b", "c", "d"], [0.0, None, 4.0, 0.01], ["header", *["instruction"] * 3], 4.0)
+    assert [(piece.text, piece.level) for piece in made] == [("a", 0), ("b", 0), ("c", 8), ("d", 0)]
+    assert [tokens.level(value, 4.0) for value in (-4.0, 2.0, 0.5, float("nan"))] == [-8, 4, 1, 0]
+    with pytest.raises(ValueError, match="argument"):
+        tokens.spans(["a"], [], ["header"], 1.0)

@@ -4,10 +4,11 @@ Says what the findings' rows say, in the order in which they first appear, whate
 called. Computes no statistic; the page holds no time and no folder name, so its bytes depend on the results alone.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import tomli_w
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,59 +16,30 @@ from markupsafe import Markup
 
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
-from refusalscope.core.types import Direction, Finding, Prompt, Prompts, Response, Responses, Row
-from refusalscope.report import plots
+from refusalscope.core.types import Direction, Finding, Prompts, Responses
+from refusalscope.report import drawing, features, prompts, verdict
+from refusalscope.report.benchmark_plots import COSTS
+from refusalscope.report.drawing import Plot
+from refusalscope.report.examples import examples
+from refusalscope.report.plots import plots
 from refusalscope.report.sentences import PERCENT, answer, interval, number
-
-EXAMPLES = 4
-"""Prompts shown per data set."""
-
-
-class Line(NamedTuple):
-    """One edit on one data set: its rows by metric."""
-
-    method: str
-    setting: str
-    rows: Mapping[str, Row]
-
-
-class Table(NamedTuple):
-    """Lines by data set under common columns; single random draws apart where the finding pooled them."""
-
-    metrics: tuple[str, ...]
-    groups: Mapping[str, Sequence[Line]]
-    draws: Mapping[str, Sequence[Line]]
-
-
-class Answer(NamedTuple):
-    """What the model said under one edit, and what the judges made of it."""
-
-    method: str
-    setting: str
-    response: Response
-    outcome: str
-
-
-class Example(NamedTuple):
-    """One prompt and its answers side by side."""
-
-    prompt: Prompt
-    answers: Sequence[Answer]
+from refusalscope.report.settings import readable
+from refusalscope.report.tables import benchmark_tables, table
+from refusalscope.report.tokens import visible
 
 
 def write(store: Store) -> str:
     """The report of a run folder as HTML.
 
     Raises ValueError naming the file when `run.json`, the benchmark finding, the direction or the feature table is
-    missing or unreadable.
+    missing, or when any file is unreadable.
     """
     benchmark = store.read("findings/benchmark.json", Finding)
     paths = [path for path in store.paths("findings", ".json") if path != "findings/benchmark.json"]
     findings = [benchmark, *(store.read(path, Finding) for path in paths)]
     about = store.read("run.json", dict)
     direction = store.read("direction.safetensors", Direction)
-    features = store.read("features/table.json", dict)["rows"]
-    prompts = {rows.name: rows for rows in (store.read(p, Prompts) for p in store.paths("prompts", ".jsonl"))}
+    asked = {rows.name: rows for rows in (store.read(p, Prompts) for p in store.paths("prompts", ".jsonl"))}
     responses = [store.read(path, Responses) for path in store.paths("responses", ".jsonl")]
     hide = hidden_folders(about["options"])
     notes = [*about["notices"], *(note for finding in findings for note in finding.caveats), *direction.caveats]
@@ -76,22 +48,60 @@ def write(store: Store) -> str:
         .get_template("page.html.j2")
         .render(
             about=hide(about),
-            answer=answer(benchmark, {name: rows[0].label for name, rows in prompts.items() if len(rows)}),
+            answer=answer(benchmark, {name: rows[0].label for name, rows in asked.items() if len(rows)}),
             notes=hide(list(dict.fromkeys(notes))),
             tables=benchmark_tables(benchmark),
             findings={finding.study: finding for finding in findings},
-            figures={finding.study: plots.plots(finding) for finding in findings},
             direction=direction,
-            features=features,
-            examples=examples(benchmark, prompts, responses),
+            features=store.read("features/table.json", dict)["rows"],
+            examples=examples(benchmark, asked, responses),
             toml=tomli_w.dumps(hide(without_none(about["options"]))),
             provenance=hide(provenance(findings)),
+            **drawn(findings),
+            **trusted(findings),
+            **close_up(store),
         )
     )
 
 
+def drawn(findings: Iterable[Finding]) -> dict[str, Any]:
+    """The figures of every study, those of induced refusal apart."""
+    made = {finding.study: plots(finding) for finding in findings}
+    induced: dict[str, Plot] = {name: plot for name, plot in made["benchmark"].items() if "-induced-" in name}
+    made["benchmark"] = {name: plot for name, plot in made["benchmark"].items() if name not in induced}
+    return {"figures": made, "induced": induced}
+
+
+def trusted(findings: Iterable[Finding]) -> dict[str, Any]:
+    """What the findings on the attributions come to; empty where the run has none."""
+    by_study = {finding.study: finding for finding in findings}
+    made: dict[str, Any] = {}
+    if checked := by_study.get("verification"):
+        made |= {"verdict": verdict.verdict(checked), "claims": verdict.claims(checked)}
+        correlations = [row for row in checked.rows if row.metric in verdict.CORRELATIONS]
+        errors = [row for row in checked.rows if row.metric not in verdict.CORRELATIONS]
+        named = {"Correlations with measured effects.": correlations, "Errors of the computation.": errors}
+        made["checked"] = {name: table(rows) for name, rows in named.items()}
+    if layers := by_study.get("attribution"):
+        made["blind"] = verdict.blind_layers(layers)
+    return made
+
+
+def close_up(store: Store) -> dict[str, Any]:
+    """Features and prompts one by one, linked with each other; empty where the folder has no such artifact."""
+    held = {*store.paths("features", ".json"), *store.paths("prompts", ".json")}
+    layers = features.by_layer(store.read(features.FILE, dict)) if features.FILE in held else {}
+    views = prompts.views(store.read(prompts.FILE, dict)) if prompts.FILE in held else None
+    return {
+        "layers": layers,
+        "linked": features.anchors(layers),
+        "views": views,
+        "seen": prompts.seen_in(views or []),
+    }
+
+
 def environment() -> Environment:
-    """Jinja with escaping always on, an error for every name that is missing, and the filters of this file."""
+    """Jinja with escaping always on, an error for every name that is missing, and the filters of this folder."""
     made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -99,70 +109,30 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"number": number, "interval": interval, "readable": plots.readable, "inline": inline}
-    made.globals |= {"table": table, "covered": plots.COVERED, "percent": PERCENT, "costs": tuple(plots.COSTS)}
+    made.filters |= {"number": number, "interval": interval, "readable": readable, "inline": inline}
+    made.filters |= {"visible": visible, "signed": signed, "plain": plain, "anchor": row_anchor}
+    made.globals |= {"table": table, "covered": drawing.COVERED, "percent": PERCENT, "costs": tuple(COSTS)}
     return made
 
 
-def table(rows: Iterable[Row], *, without: Sequence[str] = ()) -> Table:
-    """Every row in its place: data sets, edits and metrics in the order in which they first appear."""
-    groups: dict[str, dict[tuple[str, str], dict[str, Row]]] = {}
-    metrics: dict[str, None] = {}
-    for row in rows:
-        if row.metric not in without:
-            metrics[row.metric] = None
-            groups.setdefault(row.dataset, {}).setdefault((row.method, row.setting), {})[row.metric] = row
-    main: dict[str, list[Line]] = {}
-    draws: dict[str, list[Line]] = {}
-    for dataset, lines in groups.items():
-        for (method, setting), by_metric in lines.items():
-            head, drawn, _ = setting.partition(" draw=")
-            pooled = bool(drawn) and (method, f"{head} mean") in lines
-            (draws if pooled else main).setdefault(dataset, []).append(Line(method, setting, by_metric))
-    return Table(tuple(metrics), main, draws)
+def signed(value: float | None, digits: int, small: str | None = None) -> str:
+    """A number with its sign; `small` in place of one that rounds to 0, a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{value:+.{digits}f}"
+    if float(text) == 0:
+        return text[1:] if small is None else small
+    return text.replace("-", "−")
 
 
-def benchmark_tables(finding: Finding) -> dict[str, Table]:
-    """The benchmark's rows by what they tell: outcomes, costs, and how each factor did on validation prompts."""
-    tried = [row for row in finding.rows if row.dataset == plots.STRENGTH_DATASET]
-    final = [row for row in finding.rows if row.dataset != plots.STRENGTH_DATASET]
-    return {
-        "outcomes": table(final, without=tuple(plots.COSTS)),
-        "costs": table(row for row in finding.rows if row.metric in plots.COSTS),
-        "strength": table(tried, without=tuple(plots.COSTS)),
-    }
+def plain(value: float | None) -> str:
+    """A number at three figures, a dash where there is none."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3g}".replace("-", "−")
 
 
-def examples(
-    finding: Finding, prompts: Mapping[str, Prompts], responses: Sequence[Responses]
-) -> dict[str, list[Example]]:
-    """The first prompts of every data set with what each edit made of them; of random draws only the first."""
-    by_arm = {(made.dataset, made.method, made.setting): made for made in responses}
-    shown: dict[str, list[Example]] = {}
-    for dataset in dict.fromkeys(row.dataset for row in finding.rows if row.dataset in prompts):
-        arms = dict.fromkeys((row.method, row.setting) for row in finding.rows if row.dataset == dataset)
-        made = [by_arm[dataset, *arm] for arm in arms if (dataset, *arm) in by_arm and not _later_draw(arm[1])]
-        if made and dataset != plots.STRENGTH_DATASET:
-            shown[dataset] = [Example(prompt, _answers(prompt, made)) for prompt in prompts[dataset][:EXAMPLES]]
-    return shown
-
-
-def _later_draw(setting: str) -> bool:
-    return re.search(r" draw=0*[1-9]", setting) is not None
-
-
-def _answers(prompt: Prompt, responses: Iterable[Responses]) -> list[Answer]:
-    """One answer for each edit under which this prompt was answered."""
-    return [
-        Answer(made.method, made.setting, row, _outcome(row))
-        for made in responses
-        for row in made.rows
-        if row.prompt_id == prompt.id
-    ]
-
-
-def _outcome(response: Response) -> str:
-    return next((name for name in plots.OUTCOMES if response.scores.get(name) == 1), "not scored")
+def row_anchor(row: Mapping[str, Any]) -> str:
+    """Where a row of the feature table leads to."""
+    return features.anchor(row["layer"], row["index"])
 
 
 def inline(svg: bytes, prefix: str) -> Markup:
@@ -174,7 +144,7 @@ def inline(svg: bytes, prefix: str) -> Markup:
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(?<= id=")|(?<=url\(#)|(?<=href="#)', f"{prefix}-", text)
     text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", text, count=1)
-    for colour, name in ((plots.INK, "ink"), (plots.MUTED, "muted"), (plots.GRID, "rule"), ("#ffffff", "ground")):
+    for colour, name in ((drawing.INK, "ink"), (drawing.MUTED, "muted"), (drawing.GRID, "rule"), ("#ffffff", "ground")):
         text = text.replace(f": {colour}", f": var(--{name})")
     return Markup(text)
 

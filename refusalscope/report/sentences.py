@@ -6,9 +6,14 @@ Says what the rows say, also where the effect is absent; computes no statistic.
 from collections.abc import Mapping
 
 from refusalscope.core.types import Finding, Row
-from refusalscope.report import plots
+from refusalscope.report.settings import DATASET_OF_STRENGTHS, factor
 
-PERCENT = ("refused", "answered", "incoherent", "complied", "refused_first_token", "refused_change")
+PERCENT = (
+    *("refused", "answered", "incoherent", "coherent", "complied", "refused_first_token", "refused_change"),
+    *("refused_difference", "answered_difference", "complied_difference"),
+)
+
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(row: Row) -> str:
@@ -22,6 +27,9 @@ def interval(row: Row) -> str:
 
 
 def _figure(row: Row, value: float) -> str:
+    if row.metric.endswith("_error") and 0 < abs(value) < 0.001:
+        digits, power = f"{value:.1e}".split("e")
+        return f"{digits} × 10{str(int(power)).translate(RAISED)}".replace("-", "−")
     scaled = 100 * value if row.metric in PERCENT else value
     text = f"{scaled:.1f}" if row.metric in PERCENT or abs(scaled) >= 10 else f"{scaled:.3f}"
     return "0.0" if text == "-0.0" else text.replace("-", "−")
@@ -30,12 +38,12 @@ def _figure(row: Row, value: float) -> str:
 def answer(finding: Finding, labels: Mapping[str, str]) -> tuple[str, ...]:
     """The finding in two sentences, from its own rows: what an edit did to refusal, and what came in its place."""
     rows = [row for row in finding.rows if row.metric == "refused" and labels.get(row.dataset) == "harmful"]
-    edits = [r for r in rows if r.dataset != plots.STRENGTH_DATASET and r.method not in ("base", "direction", "random")]
+    edits = [r for r in rows if r.dataset != DATASET_OF_STRENGTHS and r.method not in ("base", "direction", "random")]
     edit = next((row for row in edits if row.method == "cosine+attribution"), edits[0] if edits else None)
     base = finding.find(edit.dataset, "base", "refused") if edit is not None else None
     if edit is None or base is None or not (edit.n and base.n):
         return ("No harmful data set was answered and scored both with and without an edit of SAE features.",)
-    scale = plots.factor(edit.setting)
+    scale = factor(edit.setting)
     what = f"scaling the {scale[1]} features of {edit.method} by {scale[0]:g}" if scale else f"the edit {edit.method}"
     change = finding.find(edit.dataset, edit.method, "refused_change", edit.setting)
     first = (

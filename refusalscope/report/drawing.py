@@ -1,0 +1,197 @@
+"""Marks, axes and panels that every figure is made of: SVG whose bytes depend on what is drawn alone.
+
+Computes no statistic: every point and whisker is a row's estimate and interval, and a row that rests on too few scored
+prompts is hollow. Knows no study.
+"""
+
+import io
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from refusalscope.core.types import Row
+from refusalscope.report.settings import readable
+
+COVERED = 0.9
+"""Share of scored prompts under which a number is flagged."""
+INK, MUTED, GRID = "#1b2330", "#5f6875", "#d9dde3"
+"""Text, secondary text and grid lines; a page may give them its own colours."""
+# Okabe and Ito's palette, which colour-blind readers can tell apart; shape says the same again.
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"
+Style = Mapping[str, tuple[str, str]]
+"""Name -> colour and marker."""
+OUTCOMES: Style = {"refused": (BLUE, "o"), "answered": (ORANGE, "^"), "incoherent": (GREY, "s")}
+WIDTH = 4.6  # inches, 442 pixels: shrunk to a phone's 350 its letters are still 10 pixels high
+LABELS, RIGHT = 1.6, 0.18  # inches left and right of the axes
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "refusalscope",
+    "svg.fonttype": "none",
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "grid.color": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.labelcolor": MUTED,
+}
+
+
+class Plot(NamedTuple):
+    """A figure and what it shows."""
+
+    caption: str
+    svg: bytes
+
+
+class Lane(NamedTuple):
+    """What is drawn in one line of a chart: an edit, and its rows by metric (several only for single draws)."""
+
+    method: str
+    setting: str
+    rows: Mapping[str, list[Row]]
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """This file's look, whatever the reader's own matplotlibrc says."""
+    # Text stays text, so a name in letters that matplotlib's font lacks is still drawn by the browser.
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def lanes(rows: Iterable[Row], metrics: Iterable[str]) -> list[Lane]:
+    """Rows by edit, in order of first appearance; single draws are left out where the finding pooled them."""
+    wanted = [row for row in rows if row.metric in set(metrics)]
+    pooled = {(r.method, r.setting.removesuffix(" mean"), r.metric) for r in wanted if r.setting.endswith(" mean")}
+    made: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in wanted:
+        setting, drawn, _ = row.setting.removesuffix(" mean").partition(" draw=")
+        if not (drawn and (row.method, setting, row.metric) in pooled):
+            made.setdefault((row.method, setting), {}).setdefault(row.metric, []).append(row)
+    return [Lane(method, setting, by_metric) for (method, setting), by_metric in made.items()]
+
+
+def panels(
+    heights: Sequence[float], *, left: float, top: float, bottom: float, gap: float = 0.0
+) -> tuple[Figure, list[Axes]]:
+    """Panels of these heights under one another; all lengths are inches, so that text never meets text."""
+    total = top + sum(heights) + gap * (len(heights) - 1) + bottom
+    figure, made, above = Figure(figsize=(WIDTH, total)), [], top
+    for height in heights:
+        box = (left / WIDTH, 1 - (above + height) / total, (WIDTH - left - RIGHT) / WIDTH, height / total)
+        made.append(figure.add_axes(box))
+        above += height + gap
+    return figure, made
+
+
+def across(axes: Axes, row: Row, y: float, colour: str, marker: str, *, write: bool = False) -> None:
+    """One estimate with its interval, lying; words instead where nothing was scored."""
+    if row.estimate is None or row.low is None or row.high is None:
+        axes.text(0.02, y, "not scored", fontsize=8, color=MUTED, va="center", transform=axes.get_yaxis_transform())
+        return
+    axes.plot([row.low, row.high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt", clip_on=False)
+    _point(axes, row.estimate, y, row, colour, marker)
+    if write:
+        text = f"{row.estimate:.3f}".replace("-", "−")
+        axes.annotate(text, (row.high, y), (6, 0), textcoords="offset points", va="center", fontsize=8.5)
+
+
+def curve(axes: Axes, points: Sequence[tuple[float, Row]], colour: str, marker: str) -> None:
+    """Estimates joined by a line, each with its interval, standing."""
+    estimates = [row.estimate or 0.0 for _, row in points]
+    axes.plot([x for x, _ in points], estimates, color=colour, linewidth=1.1)
+    for (x, row), estimate in zip(points, estimates, strict=True):
+        axes.plot([x, x], [row.low or 0.0, row.high or 0.0], color=colour, linewidth=1.6, alpha=0.55)
+        _point(axes, x, estimate, row, colour, marker)
+
+
+def _point(axes: Axes, x: float, y: float, row: Row, colour: str, marker: str) -> None:
+    fill = colour if row.coverage >= COVERED else "#ffffff"
+    axes.plot([x], [y], marker, color=colour, markerfacecolor=fill, markersize=5.5, clip_on=False, zorder=3)
+
+
+def name_lanes(axes: Axes, drawn: Sequence[Lane]) -> None:
+    """Method and setting left of each lane, and a faint line between lanes."""
+    axes.set_ylim(len(drawn) - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
+    for place, lane in enumerate(drawn):
+        settings = {row.setting for rows in lane.rows.values() for row in rows}
+        note = ", mean" if f"{lane.setting} mean" in settings else "" if lane.setting in settings else ", draws"
+        axes.text(-0.05, place - (0.17 if lane.setting else 0), _short(lane.method), **beside)
+        setting = _short(readable(lane.setting) + note)
+        axes.text(-0.05, place + 0.21, setting, fontsize=8, color=MUTED, **beside)
+        if place:
+            axes.axhline(place - 0.5, color=GRID, linewidth=0.6, zorder=0)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 21 else f"{text[:20]}…"
+
+
+def share_axis(axis: Any) -> None:
+    """Ticks in per cent from 0 to 100."""
+    axis.set_ticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
+    axis.grid(True, linewidth=0.6)
+    axis.axes.set_axisbelow(True)
+
+
+def number_ticks(axes: Axes, values: Iterable[float]) -> None:
+    """One tick below for each of these numbers."""
+    places = sorted(set(values))
+    axes.set_xticks(places, [f"{place:g}".replace("-", "−") for place in places])
+
+
+def span(rows: Iterable[Row]) -> tuple[float, float]:
+    """From 0, or below it, to the highest end of an interval."""
+    ends = [end for row in rows for end in (row.low, row.high) if end is not None]
+    low, high = min([0.0, *ends]), max([0.0, *ends])
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def legend(figure: Figure, named: Style) -> None:
+    """What each colour and marker stands for, under the title."""
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linewidth=1.6, markersize=5.5, label=name)
+        for name, (colour, marker) in named.items()
+    ]
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0, 1 - 0.27 / figure.get_figheight()),
+        ncols=3,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0.3,
+        handlelength=1.4,
+        handletextpad=0.4,
+        columnspacing=1.2,
+    )
+
+
+def title(figure: Figure, text: str) -> None:
+    figure.text(0.01, 1 - 0.06 / figure.get_figheight(), text, va="top", fontweight="bold")
+
+
+def svg(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    # Creator and date would tie the bytes to a version and a moment.
+    metadata: Any = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    FigureCanvasSVG(figure).print_svg(stream, metadata=metadata)
+    return stream.getvalue()
