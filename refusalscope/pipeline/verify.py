@@ -41,7 +41,7 @@ def run_verification(job: Job, fitted: Fitted) -> Finding:
         rows.name,
         clusters=[known[prompt] for prompt in found.prompt_ids],
         caveats=_caveats(found, len(job.saes.layers)),
-        provenance=provenance(job, fitted, None),
+        provenance={**provenance(job, fitted, None), "dtype": found.dtype},
     )
     return keep_finding(job, finding)
 
@@ -76,6 +76,7 @@ def measure(job: Job, fitted: Fitted, rows: Prompts) -> Measured:
         complete={str(layer): shares for layer, shares in _complete(job, traces["layerwise"]).items()},
         riemann=_riemann(job, fitted, used[:FEW]),
         nodes=[check._asdict() for check in checks],
+        dtype=str(job.model.model.dtype).removeprefix("torch."),
     )
 
 

@@ -30,6 +30,8 @@ class Measured(NamedTuple):
     """Nodes -> each prompt's difference from 16 Gauss-Legendre nodes, largest over layers, as a share of its gap."""
     nodes: list[Mapping[str, float]]
     """The node counts tried and the change of the gradient when they are doubled."""
+    dtype: str
+    """The model's number type: rounding bounds how closely anything here can agree."""
 
 
 def summarise(
