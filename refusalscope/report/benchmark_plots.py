@@ -149,6 +149,9 @@ def _induced(dataset: str, rows: Sequence[Row]) -> Plot | None:
         for metric, (colour, _) in INDUCED.items():
             if metric in references:
                 _level(axes, references[metric], colour)
+        if all(value > 0 for points in by_metric.values() for value, _ in points):
+            axes.set_xscale("log")  # small values matter most, and lie close together
+            axes.minorticks_off()
         _shares(axes, by_metric, INDUCED)
     made[-1].set_xlabel("value v that every feature of the set is held at")
     title(figure, f"refusal induced on {dataset}")

@@ -31,12 +31,15 @@ from refusalscope.report.tokens import visible
 def write(store: Store) -> str:
     """The report of a run folder as HTML.
 
-    Raises ValueError naming the file when `run.json`, the benchmark finding, the direction or the feature table is
-    missing, or when any file is unreadable.
+    A study that has not run leaves its sections out. Raises ValueError naming the file when `run.json` or the direction
+    is missing, or when any file is unreadable, and when there is no finding at all.
     """
-    benchmark = store.read("findings/benchmark.json", Finding)
-    paths = [path for path in store.paths("findings", ".json") if path != "findings/benchmark.json"]
-    findings = [benchmark, *(store.read(path, Finding) for path in paths)]
+    found = {finding.study: finding for finding in (store.read(p, Finding) for p in store.paths("findings", ".json"))}
+    if not found:
+        raise ValueError(f"{store.root} holds no finding: is it a finished run?")
+    benchmarked = "benchmark" in found
+    benchmark = found.pop("benchmark", Finding("benchmark", "", (), (), {}))
+    findings = [*([benchmark] if benchmarked else []), *found.values()]
     about = store.read("run.json", dict)
     direction = store.read("direction.safetensors", Direction)
     asked = {rows.name: rows for rows in (store.read(p, Prompts) for p in store.paths("prompts", ".jsonl"))}
@@ -48,12 +51,16 @@ def write(store: Store) -> str:
         .get_template("page.html.j2")
         .render(
             about=hide(about),
-            answer=answer(benchmark, {name: rows[0].label for name, rows in asked.items() if len(rows)}),
+            question=findings[0].question,
+            benchmarked=benchmarked,
+            answer=answer(benchmark, {name: rows[0].label for name, rows in asked.items() if len(rows)})
+            if benchmarked
+            else (),
             notes=hide(list(dict.fromkeys(notes))),
             tables=benchmark_tables(benchmark),
             findings={finding.study: finding for finding in findings},
             direction=direction,
-            features=store.read("features/table.json", dict)["rows"],
+            features=feature_table(store),
             examples=examples(benchmark, asked, responses),
             toml=tomli_w.dumps(hide(without_none(about["options"]))),
             provenance=hide(provenance(findings)),
@@ -64,9 +71,15 @@ def write(store: Store) -> str:
     )
 
 
+def feature_table(store: Store) -> list[dict[str, Any]] | None:
+    """The rows of the feature table; None where no features were chosen yet."""
+    path = "features/table.json"
+    return store.read(path, dict)["rows"] if path in store.paths("features", ".json") else None
+
+
 def drawn(findings: Iterable[Finding]) -> dict[str, Any]:
     """The figures of every study, those of induced refusal apart."""
-    made = {finding.study: plots(finding) for finding in findings}
+    made = {"benchmark": {}} | {finding.study: plots(finding) for finding in findings}
     induced: dict[str, Plot] = {name: plot for name, plot in made["benchmark"].items() if "-induced-" in name}
     made["benchmark"] = {name: plot for name, plot in made["benchmark"].items() if name not in induced}
     return {"figures": made, "induced": induced}

@@ -11,11 +11,13 @@ PARTS = ("features", "candidates", "error")
 
 
 def summarise(totals: Mapping[str, Any], dataset: str, *, provenance: Mapping[str, Any]) -> Finding:
-    """Mean over prompts of each layer's attribution, summed over positions: all features, candidates, error term."""
+    """Mean over prompts of each layer's attribution, summed over positions: all features, candidates, error term.
+
+    Layers are scored jointly: their scores do not sum to the metric's change, and none is a share of it.
+    """
     rows = []
     for layer in totals["layers"]:
         for part in PARTS:
             estimate = stats.mean(layer[part], totals["clusters"])
             rows.append(Row(dataset, "sound", part, f"layer={layer['layer']}", *estimate))
-    caveats = ["Joint scores of all layers do not sum to the metric's change: a layer's score is no share of it."]
-    return Finding("attribution", QUESTION, tuple(rows), tuple(caveats), provenance)
+    return Finding("attribution", QUESTION, tuple(rows), (), provenance)
