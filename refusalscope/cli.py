@@ -41,6 +41,13 @@ Limit = Annotated[
     int | None,
     typer.Option(help="Prompts per set (testbed: 150, others: 100); fitting sets of the testbed keep 32 and 16."),
 ]
+Dataset = Annotated[
+    list[str] | None, typer.Option("--dataset", help="Answer only this evaluation set, and a harmless one; repeatable.")
+]
+Protocol = Annotated[
+    str | None,
+    typer.Option(help="sound, or paper: as the published code does it, for one --dataset. [default: sound]"),
+]
 Full = Annotated[bool | None, typer.Option("--full", help="The testbed's whole grid; more sets, sizes and draws.")]
 SetSize = Annotated[int | None, typer.Option("--k", help="Features per set, K*. [default: 20]")]
 Method = Annotated[
@@ -121,6 +128,8 @@ def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
         columns: Columns = None,
         label: Label = None,
         limit: Limit = None,
+        datasets: Dataset = None,
+        protocol: Protocol = None,
         full: Full = None,
         k: SetSize = None,
         methods: Method = None,
@@ -144,7 +153,21 @@ def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
 
 OPTION_NAMES = frozenset(
     (
-        *("model", "saes", "prompts", "columns", "label", "limit", "full", "k", "methods", "draws", "factors"),
+        *(
+            "model",
+            "saes",
+            "prompts",
+            "columns",
+            "label",
+            "limit",
+            "datasets",
+            "protocol",
+            "full",
+            "k",
+            "methods",
+            "draws",
+            "factors",
+        ),
         *("values", "refusal_token", "best_layer", "keep_unrefused", "max_new_tokens", "batch_size", "device", "seed"),
     )
 )

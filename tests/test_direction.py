@@ -102,7 +102,7 @@ def test_prompts_that_contradict_their_label_are_dropped_and_counted() -> None:
     first = {name: FirstTokens(torch.tensor([5] * 18 + [6] * 2)) for name in FitData.__annotations__}
     for name in ("harmless_train", "harmless_validation"):
         first[name] = FirstTokens(torch.tensor([6] * 17 + [5] * 3))
-    kept, counts = direction.filter_prompts(data, first, [5], keep_unrefused=False)
+    kept, counts = direction.filter_prompts(data, first, [5], whole=())
     assert kept.harmful_train.ids == data.harmful_train.ids[:18]
     assert kept.harmless_validation.ids == data.harmless_validation.ids[:17]
     assert (counts["harmless_train_kept"], counts["harmless_train_dropped"]) == (17, 3)
@@ -112,7 +112,7 @@ def test_too_few_refused_prompts_say_how_many() -> None:
     data = _data()
     first = {name: FirstTokens(torch.tensor([5] * 3 + [6] * 17)) for name in FitData.__annotations__}
     with pytest.raises(NoDirection, match=r"only 3 of 20 harmful train prompts are refused.*--keep-unrefused"):
-        direction.filter_prompts(data, first, [5], keep_unrefused=False)
+        direction.filter_prompts(data, first, [5], whole=())
 
 
 def test_a_token_must_be_distinctive_and_lead_to_refusals() -> None:

@@ -133,8 +133,8 @@ def test_cosine_is_signed(tmp_path: Path) -> None:
 
 def test_a_survey_finds_candidates_and_mean_activations(tmp_path: Path) -> None:
     model, saes, direction, prompts = tiny.chat_model(), tiny.bank(tmp_path), tiny.direction(), tiny.prompts()
-    together = features.scored_residuals(model, prompts, saes.layers, batch_size=4)
-    singly = features.scored_residuals(model, prompts, saes.layers, batch_size=1)
+    together = features.read_residuals(model, prompts, saes.layers, batch_size=4)
+    singly = features.read_residuals(model, prompts, saes.layers, batch_size=1)
     assert torch.equal(together.prompt, singly.prompt)
     surveys = [features.survey(saes.layer(layer), together, direction, keep=12) for layer in saes.layers]
     again = [features.survey(saes.layer(layer), singly, direction, keep=12) for layer in saes.layers]
@@ -172,7 +172,7 @@ def test_only_the_best_features_are_kept_and_no_prompts_own_best_is_missed(monke
 
 def test_largest_activations_are_those_of_every_token(tmp_path: Path) -> None:
     model, saes, prompts = tiny.chat_model(), tiny.bank(tmp_path), tiny.prompts()
-    residuals = features.scored_residuals(model, prompts, [2], batch_size=4)
+    residuals = features.read_residuals(model, prompts, [2], batch_size=4)
     best = features.highest(saes.layer(2), residuals)
     for row in range(len(prompts)):
         expected = saes.layer(2).encode(residuals.layers[2][residuals.prompt == row]).amax(0)

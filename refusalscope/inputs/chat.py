@@ -45,6 +45,11 @@ class Batch(NamedTuple):
     """One per position; a row that has ended its turn is padding from then on."""
 
 
+def scored(roles: Int[Tensor, "*batch position"]) -> Bool[Tensor, "*batch position"]:
+    """Instruction and closing tokens: the positions that a feature's score is averaged over."""
+    return (roles == Role.INSTRUCTION) | (roles == Role.CLOSING)
+
+
 Edit = Callable[[Tensor, Batch], Tensor]
 """(residual [prompt, position, d_model], batch) -> residual of the same shape."""
 Edits = Mapping[int, Edit]

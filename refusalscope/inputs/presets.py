@@ -27,6 +27,8 @@ class Target:
     """The model's own prompt source (`testbed`), or None."""
     max_new_tokens: int
     factors: tuple[float, ...]
+    published_skip: int
+    """Leading tokens that the published token mask leaves out: BOS alone, 26 for Llama 3."""
     values: tuple[float, ...]
     """What features are set to when refusal is induced; empty: derive them from the features' activations."""
     identity: str
@@ -69,6 +71,7 @@ def resolve(name: str, saes: str | None) -> Target:
         prompts=settings.get("prompts"),
         max_new_tokens=settings.get("max_new_tokens", MAX_NEW_TOKENS),
         factors=tuple(settings.get("factors", FACTORS)),
+        published_skip=settings.get("published_skip", 1),
         values=tuple(settings.get("values", ())),
         identity=_digest([model, *folders.values()]),
     )

@@ -5,6 +5,7 @@ evaluation set holds is taken out of validation, and what either holds is taken 
 """
 
 import hashlib
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -62,9 +63,10 @@ def _grammar(dataset: str, split: str, count: int) -> Prompts:
     return Prompts(name, tuple(rows))
 
 
-def from_refusal_direction(folder: Path, *, count: int) -> PromptSets:
+def from_refusal_direction(folder: Path, *, count: int, published_draw: bool = False) -> PromptSets:
     """The folder of Arditi et al. 2024: fitted on `splits`, evaluated on the published benchmark sets.
 
+    `published_draw` takes for harmless train prompts the very 128 of the published code, overlaps left in.
     Raises ValueError naming what is missing when `folder` does not hold `processed` and `splits`.
     """
     for part in ("processed", "splits"):
@@ -85,7 +87,49 @@ def from_refusal_direction(folder: Path, *, count: int) -> PromptSets:
     }
     evaluation = {name: take(f"processed/{name}", name, "harmful", count) for name in BENCHMARKS}
     evaluation["harmless"] = take("splits/harmless_test", "harmless", "harmless", count)
-    return separate(fitting, evaluation)
+    made = separate(fitting, evaluation)
+    if not published_draw:
+        return made
+    everything = 10**9
+    pools = [take(f"splits/{name}_train", f"{name}-train", name, everything) for name in ("harmful", "harmless")]
+    return replace(made, fitting={**made.fitting, "harmless-train": _published_harmless(*pools)})
+
+
+def _published_harmless(harmful: Prompts, harmless: Prompts) -> Prompts:
+    """The published draw: one generator seeded with 42 takes 128 harmful, then 128 harmless train prompts."""
+    rng = random.Random(42)
+    rng.sample(range(len(harmful)), min(TRAIN_COUNT, len(harmful)))
+    drawn = rng.sample(range(len(harmless)), min(TRAIN_COUNT, len(harmless)))
+    return replace(harmless, rows=tuple(harmless[at] for at in drawn))
+
+
+def only(sets: PromptSets, datasets: Sequence[str]) -> PromptSets:
+    """The evaluation sets named, and a harmless one if none of them is. ValueError for a name that is not there."""
+    if unknown := [name for name in datasets if name not in sets.evaluation]:
+        raise ValueError(f"--dataset {', '.join(unknown)}: the evaluation sets here are {', '.join(sets.evaluation)}")
+    kept = {name: rows for name, rows in sets.evaluation.items() if name in datasets}
+    if not any(rows[0].label == "harmless" for rows in kept.values()):
+        kept |= {name: rows for name, rows in sets.evaluation.items() if name == "harmless"}
+    return replace(sets, evaluation=kept)
+
+
+def for_paper(sets: PromptSets) -> PromptSets:
+    """The published protocol: direction and features are fitted on the one harmful evaluation set itself.
+
+    Raises ValueError unless exactly one evaluation set is harmful.
+    """
+    harmful = [name for name, rows in sets.evaluation.items() if rows[0].label == "harmful"]
+    if len(harmful) != 1:
+        raise ValueError(
+            "--protocol paper fits on one harmful evaluation set at a time: name one with --dataset, of "
+            f"{', '.join(harmful) or 'which there is none'}"
+        )
+    fitted = replace(sets.evaluation[harmful[0]], name="harmful-train")
+    note = (
+        f"The published protocol was asked for: direction and features were fitted on the very {harmful[0]} prompts "
+        "that are judged, refused or not, with the published path, end point, token mask and signs."
+    )
+    return replace(sets, fitting={**sets.fitting, "harmful-train": fitted}, notes=(note, *sets.notes))
 
 
 def from_file(path: Path, *, columns: Mapping[str, str], label: Label, count: int) -> PromptSets:

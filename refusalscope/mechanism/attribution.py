@@ -17,7 +17,7 @@ from torch import Tensor
 
 from refusalscope.core.scores import Attribution, Trace
 from refusalscope.core.types import Direction, Prompts
-from refusalscope.inputs.chat import Batch, ChatModel, Edit, Tokens
+from refusalscope.inputs.chat import Batch, ChatModel, Edit, Tokens, scored
 from refusalscope.inputs.saes import LayerSae, SaeBank
 from refusalscope.inputs.template import Role
 from refusalscope.mechanism.interventions import RemoveDirection, editor
@@ -353,7 +353,7 @@ def assemble(traces: Sequence[Trace], entries: Sequence[Entries]) -> Attribution
         position=torch.cat([part.position for part in entries]).int(),
         feature=torch.cat([part.feature for part in entries]).int(),
         value=torch.cat([part.value for part in entries]),
-        scored=torch.cat([scored_tokens(part).sum(1) for part in traces]),
+        scored=torch.cat([scored(part.roles).sum(1) for part in traces]),
         length=torch.cat([(part.roles != Role.PADDING).sum(1) for part in traces]),
         dropped=tuple(name for name, kept in zip(ids, joined.flipped.tolist(), strict=True) if not kept),
         answer=joined.answer,
@@ -361,11 +361,6 @@ def assemble(traces: Sequence[Trace], entries: Sequence[Entries]) -> Attribution
         metric_clean=joined.clean,
         metric_patched=joined.patched,
     )
-
-
-def scored_tokens(batch: Trace) -> Bool[Tensor, "prompt position"]:
-    """Instruction and closing tokens: the positions that a feature's score is averaged over."""
-    return (batch.roles == Role.INSTRUCTION) | (batch.roles == Role.CLOSING)
 
 
 def _joined(traces: Sequence[Trace]) -> Metric:

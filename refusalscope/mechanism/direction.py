@@ -5,8 +5,8 @@ prompts under removal, refusal induced by adding, then the lowest refusal score 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import NamedTuple
 
@@ -62,9 +62,13 @@ def find(
     refusal_tokens: Sequence[int] = (),
     best_layer: int | None = None,
     keep_unrefused: bool = False,
+    published: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Direction:
     """Find the direction. The three overrides are recorded as caveats.
+
+    `published` filters as the published code does: harmful train prompts not at all, and of the harmless ones that are
+    answered only the first as many as there are harmful ones.
 
     `is_refusal` tells a refusal by its text; it confirms the refusal tokens that are found. Raises NoDirection when no
     refusal token is found, fewer than 16 train or 8 validation prompts of a class survive the filter, or no layer
@@ -73,7 +77,11 @@ def find(
     caveats = _override_caveats(model, refusal_tokens, best_layer, keep_unrefused)
     first = {name: first_tokens(model, getattr(data, name), batch_size=batch_size) for name in data.__annotations__}
     tokens = tuple(refusal_tokens) or find_refusal_tokens(model, data, first, is_refusal)
-    kept, counts = filter_prompts(data, first, tokens, keep_unrefused=keep_unrefused)
+    whole = data.__annotations__ if keep_unrefused else ("harmful_train",) if published else ()
+    kept, counts = filter_prompts(data, first, tokens, whole=whole)
+    if published:
+        kept = replace(kept, harmless_train=kept.harmless_train[: len(kept.harmful_train)])
+        counts["harmless_train_kept"] = len(kept.harmless_train)
     harmful = mean_last_residuals(model, kept.harmful_train, batch_size=batch_size)
     harmless = mean_last_residuals(model, kept.harmless_train, batch_size=batch_size)
     vectors = (harmful - harmless).float()
@@ -149,15 +157,18 @@ def distinctive_first_tokens(harmful: FirstTokens, harmless: FirstTokens) -> tup
 
 
 def filter_prompts(
-    data: FitData, first: Mapping[str, FirstTokens], tokens: Sequence[int], *, keep_unrefused: bool
+    data: FitData, first: Mapping[str, FirstTokens], tokens: Sequence[int], *, whole: Collection[str]
 ) -> tuple[FitData, dict[str, int]]:
-    """Drop prompts whose first token contradicts their label; counts kept and dropped. Raises NoDirection."""
+    """Drop prompts whose first token contradicts their label; counts kept and dropped. Raises NoDirection.
+
+    The parts of `data` named in `whole` are kept as they are.
+    """
     kept, counts = {}, {}
     for name in data.__annotations__:
         prompts: Prompts = getattr(data, name)
         refused = torch.isin(first[name].argmax, torch.tensor(list(tokens)))
         fits = (refused if name.startswith("harmful") else ~refused).tolist()
-        ids = [p.id for p, fit in zip(prompts, fits, strict=True) if fit or keep_unrefused]
+        ids = [p.id for p, fit in zip(prompts, fits, strict=True) if fit or name in whole]
         kept[name] = prompts.keep(ids)
         counts |= {f"{name}_kept": len(ids), f"{name}_dropped": len(prompts) - len(ids)}
         needed = MINIMUM_TRAIN if name.endswith("train") else MINIMUM_VALIDATION

@@ -8,16 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.scores import Attribution, Scores, Trace
 from refusalscope.core.types import Direction, Feature, FeatureSet, Prompts, SaeSlice, ordered_features
-from refusalscope.inputs.chat import ChatModel
+from refusalscope.inputs.chat import ChatModel, scored
 from refusalscope.inputs.saes import LayerSae
-from refusalscope.inputs.template import Role
-from refusalscope.mechanism.attribution import at_layer, scored_tokens
+from refusalscope.mechanism.attribution import at_layer
 
 PER_LAYER = 10
 """K0: candidates per layer (published)."""
@@ -26,6 +25,15 @@ KEPT = 100
 CHUNK = 2048
 """Tokens encoded at a time."""
 Progress = Callable[[str, int, int], None]
+
+
+Where = Callable[[Int[Tensor, "prompt position"]], Bool[Tensor, "prompt position"]]
+"""Which positions count, by their roles."""
+
+
+def everywhere(roles: Int[Tensor, "prompt position"]) -> Bool[Tensor, "prompt position"]:
+    """Padding and BOS included: where the published code averages and takes maxima."""
+    return torch.ones_like(roles, dtype=torch.bool)
 
 
 class Residuals(NamedTuple):
@@ -57,21 +65,23 @@ class Choice(NamedTuple):
     """Share of 100 resamples of the prompts whose set holds the feature."""
 
 
-def scored_residuals(model: ChatModel, prompts: Prompts, layers: Sequence[int], *, batch_size: int) -> Residuals:
-    """Residuals at the instruction and closing tokens of each prompt."""
+def read_residuals(
+    model: ChatModel, prompts: Prompts, layers: Sequence[int], *, batch_size: int, where: Where = scored
+) -> Residuals:
+    """Residuals at the instruction and closing tokens of each prompt, unless `where` says otherwise."""
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     owners = []
     for start, (_, tokens) in enumerate(model.batches(prompts, batch_size)):
-        scored = ((tokens.roles == Role.INSTRUCTION) | (tokens.roles == Role.CLOSING)).cpu()
-        owners.append(scored.nonzero(as_tuple=True)[0] + start * batch_size)
+        inside = where(tokens.roles).cpu()
+        owners.append(inside.nonzero(as_tuple=True)[0] + start * batch_size)
         for layer, residual in model.run(tokens, keep=layers).residuals.items():
-            parts[layer].append(residual[scored])
+            parts[layer].append(residual[inside])
     return Residuals(prompts.ids, torch.cat(owners), {layer: torch.cat(rows) for layer, rows in parts.items()})
 
 
-def traced_residuals(traces: Sequence[Trace]) -> Residuals:
-    """The clean residuals of traces, at instruction and closing tokens."""
-    masks = [scored_tokens(part) for part in traces]
+def traced_residuals(traces: Sequence[Trace], *, where: Where = scored) -> Residuals:
+    """The clean residuals of traces, at instruction and closing tokens unless `where` says otherwise."""
+    masks = [where(part.roles) for part in traces]
     starts = np.cumsum([0, *(len(part.prompt_ids) for part in traces)]).tolist()
     owners = [mask.nonzero(as_tuple=True)[0] + start for mask, start in zip(masks, starts, strict=False)]
     layers = traces[0].layers if traces else ()
@@ -149,22 +159,25 @@ def prompt_scores(
     return Scores(method, tuple(attribution.prompt_ids[i] for i in kept), features, scores[kept].float())
 
 
-def layer_scores(sae: LayerSae, traces: Sequence[Trace], *, k: int) -> Scores:
+def layer_scores(
+    sae: LayerSae, traces: Sequence[Trace], *, k: int, where: Where = scored, over: int | None = None
+) -> Scores:
     """The scores of all features of one layer, without the candidate step: `attribution`.
 
-    Kept are the best by their mean and every prompt's own `k` best, so that choosing up to `k` of all layers, for
-    each prompt or for all, misses none.
+    A mean over the tokens that `where` picks; with `over`, their sum divided by that number. Kept are the best by their
+    mean and every prompt's own `k` best, so that choosing up to `k` of all layers, for each prompt or for all, misses
+    none. Prompts that removal did not flip are left out.
     """
     rows = []
     for batch in traces:
-        scored = scored_tokens(batch)
-        owners = scored.nonzero(as_tuple=True)[0]
-        clean, patched, slope = (at_layer(batch, name, sae)[scored] for name in ("clean", "patched", "gradient"))
-        total = torch.zeros(len(scored), sae.size)
+        inside = where(batch.roles)
+        owners = inside.nonzero(as_tuple=True)[0]
+        clean, patched, slope = (at_layer(batch, name, sae)[inside] for name in ("clean", "patched", "gradient"))
+        total = torch.zeros(len(inside), sae.size)
         for part in torch.arange(len(owners)).split(CHUNK):
             delta = sae.encode(patched[part]) - sae.encode(clean[part])
             total.index_add_(0, owners[part], (delta * (slope[part] @ sae.decoder.T)).cpu())
-        rows.append((total / scored.sum(1)[:, None])[batch.flipped])
+        rows.append((total / (inside.sum(1)[:, None] if over is None else over))[batch.flipped])
     values = torch.cat(rows)
     ids = tuple(n for part in traces for n, kept in zip(part.prompt_ids, part.flipped.tolist(), strict=True) if kept)
     return _kept("attribution", ids, sae.layer, values, k)

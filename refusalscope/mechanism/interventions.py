@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from refusalscope.core.types import Direction, FeatureSet, Prompts, SaeSlice
-from refusalscope.inputs.chat import Batch, ChatModel, Edit
+from refusalscope.inputs.chat import Batch, ChatModel, Edit, scored
 from refusalscope.inputs.template import Role
 
 
@@ -160,16 +160,12 @@ def record(
         roles = tokens.roles.cpu()
         for row, name in enumerate(tokens.prompt_ids):
             inside = roles[row] != Role.PADDING
-            scored = _scored(roles[row][inside])
+            averaged = scored(roles[row][inside])
             held[name] = {}
             for layer, part in slices.items():
                 values = part.encode(residuals[layer][row][inside])
-                held[name][layer] = Held(values, values[scored].mean(0))
+                held[name][layer] = Held(values, values[averaged].mean(0))
     return held
-
-
-def _scored(roles: Tensor) -> Tensor:
-    return (roles == Role.INSTRUCTION) | (roles == Role.CLOSING)
 
 
 def _follow(first: Editor, then: Editor) -> None:

@@ -33,7 +33,7 @@ def fit(job: Job) -> Fitted:
             f"{job.options.prompts} holds no train split (at least 48 harmful and 48 harmless prompts are needed) and "
             f"{job.target.name} has no prompts of its own: give more prompts"
         )
-    overrides = (job.options.refusal_token, job.options.best_layer, job.options.keep_unrefused)
+    overrides = (job.options.refusal_token, job.options.best_layer, job.options.keep_unrefused, job.options.protocol)
     key = job.key("direction", {name: dict(s.fitting) for name, s in sources.items()}, overrides)
     if not (job.store.has("direction.safetensors", key) and job.store.has("fitting.json", key)):
         found, source, notes = _find(job, sources)
@@ -68,6 +68,7 @@ def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Directio
                 refusal_tokens=_token_ids(job),
                 best_layer=job.options.best_layer,
                 keep_unrefused=job.options.keep_unrefused,
+                published=job.options.protocol == "paper",
                 progress=job.progress,
             )
         except direction.NoDirection as error:

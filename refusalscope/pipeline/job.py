@@ -96,6 +96,13 @@ class Job:
 
 def load_prompts(options: Options, target: presets.Target) -> prompts.PromptSets:
     """The prompts the options name, else the model's own. Raises ValueError when there are neither."""
+    sets = _all_prompts(options, target)
+    if options.datasets is not None:
+        sets = prompts.only(sets, options.datasets)
+    return prompts.for_paper(sets) if options.protocol == "paper" else sets
+
+
+def _all_prompts(options: Options, target: presets.Target) -> prompts.PromptSets:
     count = options.evaluation_count
     path = options.prompts
     if path is None:
@@ -109,7 +116,7 @@ def load_prompts(options: Options, target: presets.Target) -> prompts.PromptSets
             validation=min(prompts.VALIDATION_COUNT, max(16, fewer)),
         )
     if path.is_dir():
-        return prompts.from_refusal_direction(path, count=count)
+        return prompts.from_refusal_direction(path, count=count, published_draw=options.protocol == "paper")
     return prompts.from_file(path, columns=options.columns, label=options.label, count=count)
 
 

@@ -85,7 +85,10 @@ def run_attribution(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
     """Where along the layers attribution falls, and how much the SAEs' error term carries."""
     totals = job.store.read("attributions/layers.json", dict)
     name = fitted.data.harmful_train.name
-    return keep_finding(job, attribution.summarise(totals, name, provenance=provenance(job, fitted, chosen)))
+    return keep_finding(
+        job,
+        attribution.summarise(totals, name, scheme=job.options.protocol, provenance=provenance(job, fitted, chosen)),
+    )
 
 
 def write_report(store: Store) -> str:
@@ -144,7 +147,9 @@ def command(options: Options, name: str) -> str:
     for key, value in as_plain(options).items():
         if key == "model" or value == Options.model_fields[key].get_default(call_default_factory=True):
             continue
-        flag = "--" + {"factors": "factor", "methods": "method", "values": "value"}.get(key, key).replace("_", "-")
+        flag = "--" + {"factors": "factor", "methods": "method", "values": "value", "datasets": "dataset"}.get(
+            key, key
+        ).replace("_", "-")
         if value is True:
             words.append(flag)
         elif isinstance(value, dict):

@@ -31,6 +31,8 @@ class Options(BaseModel):
     label: Literal["harmful", "harmless", "look-alike"] = "harmful"
     limit: int | None = Field(default=None, ge=1)
     full: bool = False
+    datasets: tuple[str, ...] | None = None
+    protocol: Literal["sound", "paper"] = "sound"
     k: int = Field(default=20, ge=1)
     methods: tuple[Method, ...] | None = None
     draws: int | None = Field(default=None, ge=3)

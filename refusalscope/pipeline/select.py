@@ -1,13 +1,16 @@
 """From a direction to feature sets: one pass over the SAEs, every set of method 4 chosen from what it read."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+
+import torch
 
 from refusalscope.core.scores import Attribution, Scores, Trace
 from refusalscope.core.types import Feature, FeatureSet, Prompts, SaeSlice
+from refusalscope.inputs.chat import scored
 from refusalscope.mechanism import attribution, direction, features
-from refusalscope.mechanism.attribution import Entries, LayerTotals, Scheme
+from refusalscope.mechanism.attribution import Entries, LayerTotals, NodeCheck, Scheme
 from refusalscope.mechanism.features import Choice, LayerSurvey
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
@@ -63,10 +66,15 @@ def _features_stand(job: Job, key: str) -> bool:
 
 
 def _make_features(job: Job, fitted: Fitted, key: str) -> None:
-    refused = refused_prompts(job, fitted, fitted.data.harmful_train)
-    nodes = attribution.enough_nodes(job.model, refused, fitted.direction, layers=job.saes.layers)
-    traces = make_traces(job, fitted, refused, attribution.sound(nodes[-1].nodes))
+    published = job.options.protocol == "paper"
+    train = fitted.data.harmful_train
+    refused = train if published else refused_prompts(job, fitted, train)
+    nodes = [] if published else enough_nodes(job, fitted, refused)
+    traces = make_traces(job, fitted, refused, attribution.paper() if published else attribution.sound(nodes[-1].nodes))
     attribution.check_flipped(traces)
+    if published:
+        # The published code keeps prompts that removal does not flip: their metric is 0, and so are their scores.
+        traces = [replace(part, flipped=torch.ones_like(part.flipped)) for part in traces]
     reading = read_layers(job, fitted, refused, traces)
     named = _named_sets(job, reading)
     sets = {name: made.features for name, made in named.items()} | _controls(job, reading, named)
@@ -109,14 +117,22 @@ def make_traces(job: Job, fitted: Fitted, rows: Prompts, scheme: Scheme) -> list
     return made
 
 
+def enough_nodes(job: Job, fitted: Fitted, refused: Prompts) -> list[NodeCheck]:
+    """The node counts tried on the first of these prompts; the last one is enough."""
+    return attribution.enough_nodes(job.model, refused, fitted.direction, layers=job.saes.layers)
+
+
 def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Trace]) -> Reading:
     """Open each layer's SAE once and read everything off it that any wanted set needs."""
     wanted, most = job.options.wanted_methods, max(job.options.sizes)
+    published = job.options.protocol == "paper"
+    where, over = (features.everywhere, max(p.ids.shape[1] for p in traces)) if published else (scored, None)
     harmful = features.traced_residuals(traces)
+    maxima = features.traced_residuals(traces, where=where) if published else harmful
     slope_traces = make_traces(job, fitted, refused, attribution.gradient()) if "cosine+gradient" in wanted else []
     plain = fitted.data.harmless_train
     harmless = (
-        features.scored_residuals(job.model, plain, job.saes.layers, batch_size=job.batch_size)
+        features.read_residuals(job.model, plain, job.saes.layers, batch_size=job.batch_size, where=where)
         if "activation-difference" in wanted
         else None
     )
@@ -136,9 +152,9 @@ def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Tra
         if slope_traces:
             slopes += attribution.layer_entries(sae, slope_traces, listed)
         if "attribution" in wanted:
-            scores.append(features.layer_scores(sae, traces, k=most))
+            scores.append(features.layer_scores(sae, traces, k=most, where=where, over=over))
         if harmless is not None:
-            highest.append(features.layer_highest(sae, harmful, harmless))
+            highest.append(features.layer_highest(sae, maxima, harmless))
     return Reading(
         surveys,
         attribution.assemble(traces, entries),
@@ -151,15 +167,17 @@ def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Tra
 
 def _named_sets(job: Job, reading: Reading) -> dict[str, Choice]:
     """Every wanted set but the random ones, at every size, by the name of its artifact."""
-    seed = job.options.seed
-    sources = {"cosine+attribution": features.prompt_scores(reading.candidates)}
+    seed, published = job.options.seed, job.options.protocol == "paper"
+    # The published mask: everything after BOS, or after a fixed header.
+    last = (reading.candidates.length - job.target.published_skip).clamp(min=1) if published else None
+    sources = {"cosine+attribution": features.prompt_scores(reading.candidates, last=last)}
     if reading.slopes is not None:
-        sources["cosine+gradient"] = features.prompt_scores(reading.slopes, method="cosine+gradient")
+        sources["cosine+gradient"] = features.prompt_scores(reading.slopes, method="cosine+gradient", last=last)
     if reading.scores is not None:
         sources["attribution"] = reading.scores
     made: dict[str, Choice] = {}
     for k in job.options.sizes:
-        chosen = {name: features.choose(scores, k, seed=seed) for name, scores in sources.items()}
+        chosen = {name: features.choose(scores, k, seed=seed, signed=published) for name, scores in sources.items()}
         if reading.highest is not None:
             chosen["activation-difference"] = features.choose_difference(*reading.highest, k, seed=seed)
         if "cosine" in job.options.wanted_methods:
@@ -184,9 +202,9 @@ def _controls(job: Job, reading: Reading, named: Mapping[str, Choice]) -> dict[s
     return controls
 
 
-def _notes(nodes: Sequence[attribution.NodeCheck], sets: Mapping[str, FeatureSet], sizes: Sequence[int]) -> list[str]:
+def _notes(nodes: Sequence[NodeCheck], sets: Mapping[str, FeatureSet], sizes: Sequence[int]) -> list[str]:
     notes = []
-    if nodes[-1].change > attribution.NODE_TOLERANCE:
+    if nodes and nodes[-1].change > attribution.NODE_TOLERANCE:
         notes.append(
             f"The attribution's gradients still move by {nodes[-1].change:.1%} when its {nodes[-1].nodes} nodes are "
             "doubled."
@@ -214,7 +232,7 @@ def _asked(name: str, sizes: Sequence[int]) -> int:
     return int(size) if size else sizes[0]
 
 
-def _totals(reading: Reading, refused: Prompts, nodes: Sequence[attribution.NodeCheck]) -> dict[str, Any]:
+def _totals(reading: Reading, refused: Prompts, nodes: Sequence[NodeCheck]) -> dict[str, Any]:
     """Per layer and prompt: what candidates, all features and the error term carry, and how the nodes were chosen."""
     found = reading.candidates
     layers = []

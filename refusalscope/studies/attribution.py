@@ -10,7 +10,7 @@ QUESTION = "At which layers do features carry refusal, and how much does the SAE
 PARTS = ("features", "candidates", "error")
 
 
-def summarise(totals: Mapping[str, Any], dataset: str, *, provenance: Mapping[str, Any]) -> Finding:
+def summarise(totals: Mapping[str, Any], dataset: str, *, scheme: str, provenance: Mapping[str, Any]) -> Finding:
     """Mean over prompts of each layer's attribution, summed over positions: all features, candidates, error term.
 
     Layers are scored jointly: their scores do not sum to the metric's change, and none is a share of it.
@@ -19,5 +19,5 @@ def summarise(totals: Mapping[str, Any], dataset: str, *, provenance: Mapping[st
     for layer in totals["layers"]:
         for part in PARTS:
             estimate = stats.mean(layer[part], totals["clusters"])
-            rows.append(Row(dataset, "sound", part, f"layer={layer['layer']}", *estimate))
+            rows.append(Row(dataset, scheme, part, f"layer={layer['layer']}", *estimate))
     return Finding("attribution", QUESTION, tuple(rows), (), provenance)
