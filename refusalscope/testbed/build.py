@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from refusalscope.core.disk import write_atomically
 from refusalscope.testbed import grammar
 from refusalscope.testbed.autoencoders import collect, measure, save_sae, train_sae
 from refusalscope.testbed.shipped import CHECKSUMS, checksums
@@ -149,7 +150,7 @@ def _deterministic() -> Iterator[None]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_atomically(path, f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode())
 
 
 def _quiet(_stage: str, _done: int, _of: int) -> None:
