@@ -1,5 +1,15 @@
-"""`python -m refusalscope` is the command line."""
+"""The entry point: signals are obeyed before anything that takes its time is imported."""
 
-from refusalscope.cli import main
+from refusalscope.core import interrupt
 
-main()
+
+def main() -> None:
+    """Run the command line."""
+    with interrupt.obeyed("stopped: what is done is kept; the same command goes on from here"):
+        from refusalscope.cli import app
+
+        app()
+
+
+if __name__ == "__main__":
+    main()
