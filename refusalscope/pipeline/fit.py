@@ -72,7 +72,7 @@ def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Directio
             found = direction.find(
                 job.model,
                 FitData(*(source.fitting[part] for part in prompts.FITTING)),
-                batch_size=job.batch_size,
+                batch_size=job.size("direction"),
                 is_refusal=lambda text: bool(judges.refused_by_phrase(text).score),
                 refusal_tokens=_token_ids(job),
                 best_layer=job.options.best_layer,
@@ -125,8 +125,15 @@ def _features_stand(job: Job, key: str) -> bool:
 def _make_features(job: Job, fitted: Fitted, key: str) -> None:
     refused = fitted.data.harmful_train.keep(_refused_ids(job, fitted))
     keep = max(features.PER_LAYER, *job.options.sizes)
+    size = job.size("features")
     surveys = features.survey(
-        job.model, job.saes, refused, fitted.direction, keep=keep, batch_size=job.batch_size, progress=job.progress
+        job.model,
+        job.saes,
+        refused,
+        fitted.direction,
+        keep=keep,
+        batch_size=job.size("features"),
+        progress=job.progress,
     )
     wanted = features.candidates(surveys)
     scored = job.store.get(
@@ -139,7 +146,7 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
             refused,
             fitted.direction,
             candidates=wanted,
-            batch_size=job.batch_size,
+            batch_size=size,
             progress=job.progress,
         ),
     )
@@ -173,7 +180,9 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
 def _refused_ids(job: Job, fitted: Fitted) -> list[str]:
     if job.options.keep_unrefused:
         return list(fitted.data.harmful_train.ids)
-    first = direction.first_tokens(job.model, fitted.data.harmful_train, batch_size=job.batch_size).argmax.tolist()
+    first = direction.first_tokens(
+        job.model, fitted.data.harmful_train, batch_size=job.size("features")
+    ).argmax.tolist()
     pairs = zip(fitted.data.harmful_train.ids, first, strict=True)
     return [prompt for prompt, token in pairs if token in fitted.direction.refusal_tokens]
 
