@@ -2,10 +2,12 @@
 
 from refusalscope.core import interrupt
 
+LAST_WORDS = "stopped: what is done is kept; the same command goes on from here"
+
 
 def main() -> None:
     """Run the command line."""
-    with interrupt.obeyed("stopped: what is done is kept; the same command goes on from here"):
+    with interrupt.obeyed(LAST_WORDS):
         from refusalscope.cli import app
 
         app()
