@@ -8,7 +8,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -109,7 +109,7 @@ def assert_shown(text: str, html: str) -> None:
     assert "onerror=alert" not in re.sub(r">[^<]*<", "><", html)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None)
 @given(texts, texts)
 def test_any_text_stands_on_the_page_as_text(store: Store, text: str, answer: str) -> None:
     store.put("prompts/harmful.jsonl", "", Prompts("harmful", (Prompt("p0", text, "harmful", category=text),)))

@@ -88,8 +88,7 @@ def test_a_run_killed_at_ten_moments_ends_as_if_nothing_had_happened(whole: Path
 
 @pytest.mark.slow
 def test_the_whole_demo_killed_at_ten_moments(tmp_path: Path) -> None:
-    whole = [*words(tmp_path / "whole")[:5], "--runs", str(tmp_path / "whole")]
-    killed = [*whole[:-1], str(tmp_path / "killed")]
+    whole, killed = (words(tmp_path / name, "--seed", "0") for name in ("whole", "killed"))
     assert processes.run(whole, tmp_path / "said").code == 0
     for moment in kills(2 * len(contents(tmp_path / "whole" / "demo")), seed=1):
         assert processes.run(killed, tmp_path / "said", moment).code == -signal.SIGKILL

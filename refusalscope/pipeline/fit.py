@@ -127,13 +127,7 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
     keep = max(features.PER_LAYER, *job.options.sizes)
     size = job.size("features")
     surveys = features.survey(
-        job.model,
-        job.saes,
-        refused,
-        fitted.direction,
-        keep=keep,
-        batch_size=job.size("features"),
-        progress=job.progress,
+        job.model, job.saes, refused, fitted.direction, keep=keep, batch_size=size, progress=job.progress
     )
     wanted = features.candidates(surveys)
     scored = job.store.get(
@@ -180,9 +174,8 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
 def _refused_ids(job: Job, fitted: Fitted) -> list[str]:
     if job.options.keep_unrefused:
         return list(fitted.data.harmful_train.ids)
-    first = direction.first_tokens(
-        job.model, fitted.data.harmful_train, batch_size=job.size("features")
-    ).argmax.tolist()
+    size = job.size("features")
+    first = direction.first_tokens(job.model, fitted.data.harmful_train, batch_size=size).argmax.tolist()
     pairs = zip(fitted.data.harmful_train.ids, first, strict=True)
     return [prompt for prompt, token in pairs if token in fitted.direction.refusal_tokens]
 
