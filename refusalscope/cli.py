@@ -5,7 +5,7 @@ Stages are imported inside the commands, so that `--help` answers at once.
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,22 +153,9 @@ def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
 
 OPTION_NAMES = frozenset(
     (
-        *(
-            "model",
-            "saes",
-            "prompts",
-            "columns",
-            "label",
-            "limit",
-            "datasets",
-            "protocol",
-            "full",
-            "k",
-            "methods",
-            "draws",
-            "factors",
-        ),
-        *("values", "refusal_token", "best_layer", "keep_unrefused", "max_new_tokens", "batch_size", "device", "seed"),
+        *("model", "saes", "prompts", "columns", "label", "limit", "datasets", "protocol", "full", "k", "methods"),
+        *("draws", "factors", "values", "refusal_token", "best_layer", "keep_unrefused", "max_new_tokens"),
+        *("batch_size", "device", "seed"),
     )
 )
 add_verb("run", run_chain, "Find the features behind refusal, edit them, measure what changes, write the report.")
@@ -197,9 +184,9 @@ def drive(
     # Its bars for loading weights would run into ours.
     transformers_logging.disable_progress_bar()
     name, runs = folder
-    job = Job(made, runs / (name or Path(made.model).resolve().name), progress)
-    path = chain(job)
-    job.finish()
+    with closing(Job(made, runs / (name or Path(made.model).resolve().name), progress)) as job:
+        path = job.run(chain)
+        job.finish()
     print(job.store.root / path)
 
 
@@ -219,7 +206,8 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
         from refusalscope.pipeline import measure
 
         store = Store(run)
-        print(run / measure.write_report(store))
+        with store.claim:
+            print(run / measure.write_report(store))
 
 
 @app.command()
@@ -275,7 +263,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def one_clear_line() -> Iterator[None]:
-    """Bad input ends with one line and exit code 2; Ctrl-C leaves what is done and says how to go on."""
+    """Bad input ends with one line and exit code 2."""
     try:
         yield
     except ValueError as error:
@@ -284,11 +272,3 @@ def one_clear_line() -> Iterator[None]:
     except OSError as error:
         print(f"error: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
         raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        print("stopped: what is done is kept; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from error
-
-
-def main() -> None:
-    """Entry point of the `refusalscope` script."""
-    app()

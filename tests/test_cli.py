@@ -228,16 +228,6 @@ def test_an_unknown_collection(here: Path) -> None:
     )
 
 
-def test_a_stopped_run_says_how_to_go_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(job, "Job", stop)
-    result = CliRunner().invoke(cli.app, ["run"])
-    assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == "stopped: what is done is kept; the same command goes on from here\n"
-
-
 def chosen(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Options, Path]:
     """The options and the run folder that these words lead to."""
     seen: list[tuple[Options, Path]] = []

@@ -41,7 +41,7 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "vocab_size": 320,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "bos_token_id": 1,
     "eos_token_id": 3,
     "pad_token_id": 0,

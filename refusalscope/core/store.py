@@ -7,8 +7,7 @@ made again, so a run that was killed at any moment resumes where it stopped.
 
 import hashlib
 import json
-import os
-import tempfile
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from refusalscope.core.disk import Claim, write_atomically
 from refusalscope.core.scores import Attribution, Scores, Trace
 from refusalscope.core.types import (
     Direction,
@@ -45,6 +45,8 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.claim = Claim(root)
+        """For whoever writes: two processes in one folder would undo each other's manifest."""
         self.made: list[str] = []
         """Paths written by this process, in order; empty after a full resume."""
 
@@ -61,9 +63,13 @@ class Store:
 
     def get(self, path: str, key: str, kind: type[T], make: Callable[[], T]) -> T:
         """The artifact at `path`: read where it stands under `key`, otherwise made, written and returned."""
+        self.ensure(path, key, make)
+        return self.read(path, kind)
+
+    def ensure(self, path: str, key: str, make: Callable[[], Any]) -> None:
+        """Make and write the artifact at `path` unless it stands under `key`."""
         if not self.has(path, key):
             self.put(path, key, make())
-        return self.read(path, kind)
 
     def put(self, path: str, key: str, value: Any) -> None:
         """Write `value` (a noun, bytes, text or plain JSON data) at `path`, then its key into the manifest."""
@@ -73,6 +79,13 @@ class Store:
         manifest = {**self._manifest(), path: entry}
         write_atomically(self.root / MANIFEST, to_json(manifest))
         self.made.append(path)
+
+    def drop(self, folder: str) -> None:
+        """Remove every artifact below `folder`, first from the manifest; the folder is there until all are gone."""
+        if (self.root / folder).is_dir():
+            kept = {path: entry for path, entry in self._manifest().items() if not path.startswith(f"{folder}/")}
+            write_atomically(self.root / MANIFEST, to_json(kept))
+            shutil.rmtree(self.root / folder)
 
     def read(self, path: str, kind: type[T]) -> T:
         """Read an artifact. Raises ValueError naming the file when it is missing or does not parse as `kind`."""
@@ -96,22 +109,6 @@ class Store:
         if not all(isinstance(entry, dict) and {"key", "sha256"} <= set(entry) for entry in entries.values()):
             raise ValueError(f"{file} is damaged: delete it, and every stage is made again")
         return entries
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write beside the target, flush to disk, rename over it: a reader sees the old bytes or the new, never a part."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def to_json(value: Any) -> bytes:

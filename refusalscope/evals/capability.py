@@ -76,6 +76,11 @@ def cost(
     return made
 
 
+def joined(parts: Sequence[Cost]) -> Cost:
+    """The cost on a data set from those on its batches, in order."""
+    return Cost(*([item for column in columns for item in column] for columns in zip(*parts, strict=True)))
+
+
 def health(
     model: ChatModel,
     saes: SaeBank,

@@ -111,6 +111,15 @@ class ChatModel:
         """d_model."""
         return int(self.model.get_input_embeddings().weight.shape[1])
 
+    @property
+    def context(self) -> int | None:
+        """Positions the model was made for, answer included; None where its configuration names no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def longer(self, prompts: Prompts, limit: int) -> list[str]:
+        """Ids of the prompts that are more than `limit` tokens once the template is around them."""
+        return [prompt.id for prompt in prompts if len(self.template.encode(prompt.text).ids) > limit]
+
     def tokens(self, prompts: Prompts, responses: Mapping[str, Response] | None = None) -> Tokens:
         """Render and left-pad `prompts`; with `responses` (by prompt id) each is followed by its answer."""
         rows = []

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from refusalscope.core.store import write_atomically
+from refusalscope.core.disk import write_atomically
 
 
 def sources() -> dict[str, Any]:

@@ -194,6 +194,26 @@ def separate(fitting: Mapping[str, Prompts], evaluation: Mapping[str, Prompts]) 
     return PromptSets({name: kept[name] for name in FITTING if name in kept}, evaluation, tuple(notes))
 
 
+def without(sets: PromptSets, left_out: Mapping[str, Sequence[str]], *, why: str) -> PromptSets:
+    """The sets without these prompts (ids by data set), each loss noted; an evaluation set that loses all is gone.
+
+    Raises ValueError when no evaluation prompt remains.
+    """
+
+    def keep(sets: Mapping[str, Prompts]) -> dict[str, Prompts]:
+        return {name: rows.keep(set(rows.ids) - set(left_out.get(name, ()))) for name, rows in sets.items()}
+
+    notes = [
+        f"{len(left_out[name])} of {len(rows)} {name} prompts are {why}: left out."
+        for name, rows in {**sets.fitting, **sets.evaluation}.items()
+        if left_out.get(name)
+    ]
+    evaluation = {name: rows for name, rows in keep(sets.evaluation).items() if len(rows)}
+    if not evaluation:
+        raise ValueError(f"no prompt is left to answer: {' '.join(notes)}")
+    return PromptSets(keep(sets.fitting), evaluation, (*sets.notes, *notes))
+
+
 def normalised(text: str) -> str:
     """Text as the overlap check compares it: case folded, white space collapsed."""
     return " ".join(text.casefold().split())

@@ -41,7 +41,7 @@ class Activations(NamedTuple):
 
 def explain_features(job: Job, fitted: Fitted, chosen: Chosen) -> None:
     """Write `features/details.json`: for every feature of a set, where it fires and what editing it alone does."""
-    key = job.key("details", fitted.direction, fitted.data, dict(chosen.sets), dict(chosen.slices))
+    key = job.key("explain", "features", fitted.direction, fitted.data, dict(chosen.sets), dict(chosen.slices))
     job.store.get("features/details.json", key, dict, lambda: {"features": _details(job, fitted, chosen)})
 
 
@@ -51,7 +51,15 @@ def explain_prompts(job: Job, fitted: Fitted, chosen: Chosen) -> None:
     Each set is scaled by the factor that the benchmark chose for it.
     """
     factors = job.store.read(STRENGTHS, dict)
-    key = job.key("why", fitted.direction, job.sets.evaluation, dict(chosen.sets), dict(chosen.slices), dict(factors))
+    key = job.key(
+        "explain",
+        "prompts",
+        fitted.direction,
+        job.sets.evaluation,
+        dict(chosen.sets),
+        dict(chosen.slices),
+        dict(factors),
+    )
     job.store.get("prompts/why.json", key, dict, lambda: {"prompts": list(_whys(job, fitted, chosen, factors))})
 
 
@@ -64,8 +72,9 @@ def _details(job: Job, fitted: Fitted, chosen: Chosen) -> list[dict[str, Any]]:
     scored = [torch.tensor([role in (Role.INSTRUCTION, Role.CLOSING) for role in a.roles]) for a in seen]
     best = torch.stack([a.values[inside].amax(0) for a, inside in zip(seen, scored, strict=True)])
     table = job.store.read("features/table.json", dict)["rows"]
-    refused = refused_prompts(job, fitted, fitted.data.harmful_validation)[:HELD_OUT]
-    traces = make_traces(job, fitted, refused, attribution.gradient())
+    size = job.size("explain")
+    refused = refused_prompts(job, fitted, fitted.data.harmful_validation, size=size)[:HELD_OUT]
+    traces = make_traces(job, fitted, refused, attribution.gradient(), size=size)
     listed = sorted({Feature(row["layer"], row["index"]) for row in table})
     made = []
     for done, feature in enumerate(listed):
@@ -88,7 +97,7 @@ def _details(job: Job, fitted: Fitted, chosen: Chosen) -> list[dict[str, Any]]:
 
 
 def _activations(job: Job, rows: Prompts, slices: Sequence[SaeSlice]) -> Iterator[Activations]:
-    for part, tokens in job.model.batches(rows, job.batch_size):
+    for part, tokens in job.model.batches(rows, job.size("explain")):
         residuals = job.model.run(tokens, keep=[piece.layer for piece in slices]).residuals
         values = torch.cat([piece.encode(residuals[piece.layer]) for piece in slices], -1)
         tokens = tokens.to("cpu")
@@ -162,10 +171,10 @@ def _whys(job: Job, fitted: Fitted, chosen: Chosen, factors: Mapping[str, float]
         if name.endswith("-unseen"):
             continue
         job.progress(f"explaining prompts: {name}", 0, 1)
-        first = direction.first_tokens(job.model, rows, batch_size=job.batch_size).argmax.tolist()
+        first = direction.first_tokens(job.model, rows, batch_size=job.size("explain")).argmax.tolist()
         pairs = zip(rows.ids, first, strict=True)
         refused = [prompt for prompt, token in pairs if token in fitted.direction.refusal_tokens]
-        for trace in make_traces(job, fitted, rows.keep(refused[:PER_SET]), attribution.sound()):
+        for trace in make_traces(job, fitted, rows.keep(refused[:PER_SET]), attribution.sound(), size=PER_SET):
             for row, prompt in enumerate(trace.prompt_ids):
                 if trace.flipped[row]:
                     label = rows.keep([prompt])[0].label

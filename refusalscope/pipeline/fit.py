@@ -63,7 +63,7 @@ def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Directio
             found = direction.find(
                 job.model,
                 FitData(*(source.fitting[part] for part in prompts.FITTING)),
-                batch_size=job.batch_size,
+                batch_size=job.size("direction"),
                 is_refusal=lambda text: bool(judges.refused_by_phrase(text).score),
                 refusal_tokens=_token_ids(job),
                 best_layer=job.options.best_layer,

@@ -1,16 +1,18 @@
 """One run: its options, prompts and folder, and the machines that are loaded when a stage first needs them.
 
-A run that is complete, or a report that is rebuilt, loads neither model nor SAEs. Knows nothing of the stages.
+A run that is complete, or a report that is rebuilt, loads neither model nor SAEs. Knows nothing of the stages but the
+names under which their batch sizes are kept.
 """
 
 import time
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
+from refusalscope.core.types import Prompts
 from refusalscope.inputs import presets, prompts
 from refusalscope.inputs.chat import ChatModel, choose_device
 from refusalscope.inputs.saes import SaeBank
@@ -18,23 +20,30 @@ from refusalscope.pipeline import options as run_options
 from refusalscope.pipeline.environment import describe, versions
 from refusalscope.pipeline.options import Options
 
+T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 LARGEST_BATCH = 64
 VALUE_SHARES = (0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
 """Of a set's mean largest activation on harmful prompts: small ones too, since the whole mean breaks the text."""
+TOO_LONG = "too_long.json"
 
 
 class Job:
-    """One run: options, prompts and folder; machines on demand. Making one writes nothing."""
+    """One run: options, prompts and folder; machines on demand. Making one writes nothing.
+
+    It has its folder for itself until `close`. Raises ValueError when another process has it.
+    """
 
     def __init__(self, options: Options, folder: Path, progress: Progress = lambda *_: None) -> None:
         self.options = options
         self.progress = progress
         self.target = presets.resolve(options.model, options.saes)
-        self.sets = load_prompts(options, self.target)
         self.store = Store(folder)
+        self._given = load_prompts(options, self.target)
         self._recorded = run_options.recorded(folder, options)
+        self._stage = ""
         self._started = time.monotonic()
+        self.store.claim.take()
 
     @cached_property
     def model(self) -> ChatModel:
@@ -49,6 +58,12 @@ class Job:
         return SaeBank.from_folders(folders, identity=self.target.identity, device=self.device)
 
     @cached_property
+    def sets(self) -> prompts.PromptSets:
+        """The prompts of this run: those given, without those too long for the model's context."""
+        found = self._too_long
+        return prompts.without(self._given, found["prompts"], why=f"longer than {found['limit']} tokens")
+
+    @cached_property
     def derived(self) -> dict[str, Any]:
         """What was chosen once for this folder and is reused whenever it is resumed."""
         if self._recorded is not None:
@@ -58,10 +73,6 @@ class Job:
     @property
     def device(self) -> str:
         return choose_device(self.options.device)
-
-    @property
-    def batch_size(self) -> int:
-        return int(self.derived["batch_size"])
 
     @property
     def max_new_tokens(self) -> int:
@@ -78,20 +89,143 @@ class Job:
 
     def key(self, stage: str, *inputs: Any) -> str:
         """Cache key of a stage: the model, the versions and batch size that shape its numbers, and its inputs."""
-        return fingerprint(stage, self.target.identity, versions(), self.derived, self.device, *inputs)
+        return fingerprint(stage, self.target.identity, versions(), self._size(stage), self.device, *inputs)
+
+    def size(self, stage: str) -> int:
+        """Prompts per batch of a stage that is about to run: the one whose size is halved if memory runs out."""
+        self._stage = stage
+        return self._size(stage)
+
+    def _size(self, stage: str) -> int:
+        return int(self.derived.get("batch_sizes", {}).get(stage, self.derived["batch_size"]))
+
+    def run(self, chain: "Callable[[Job], T]") -> T:
+        """`chain(job)`, and again with a smaller batch in the stage that ran out of memory.
+
+        The second time all that was made before that stage is read. Raises ValueError when one prompt is too much.
+        """
+        from accelerate.utils import find_executable_batch_size
+
+        def attempt(_size: int) -> T:
+            return chain(self)
+
+        # Sizes are kept by stage; the one that the helper passes is not used.
+        return find_executable_batch_size(attempt, LARGEST_BATCH, self._halve)()
+
+    def _halve(self) -> int:
+        """Record half the batch size for the stage that was running, and return it."""
+        if not self._stage:
+            raise ValueError(f"{self.target.name} with its SAEs does not fit in memory: choose another --device")
+        half = self._size(self._stage) // 2
+        if half == 0:
+            raise ValueError(
+                f"out of memory in the stage {self._stage!r} with one prompt per batch: "
+                "leave out long prompts, lower --max-new-tokens or choose another --device"
+            )
+        sizes = {**self.derived.get("batch_sizes", {}), self._stage: half}
+        self.derived = {**self.derived, "batch_sizes": sizes}
+        if self._recorded is not None:
+            self._record()
+        return half
+
+    def in_batches(
+        self,
+        stage: str,
+        path: str,
+        *,
+        key: str,
+        rows: Prompts,
+        kind: type[T],
+        make: Callable[[Prompts], T],
+        join: Callable[[Sequence[T]], T],
+    ) -> T:
+        """The artifact at `path`, made batch by batch and joined: a run that is killed makes one batch again.
+
+        `make` is given one batch, `join` all that it returned, in the prompts' order.
+        """
+
+        def joined() -> T:
+            parts = self.parts(stage, path, key=key, rows=rows, kind=kind, make=make)
+            return join([self.store.read(part, kind) for part in parts])
+
+        made = self.store.get(path, key, kind, joined)
+        self.drop_parts(path)
+        return made
+
+    def parts(
+        self, stage: str, path: str, *, key: str, rows: Prompts, kind: type[T], make: Callable[[Prompts], T]
+    ) -> list[str]:
+        """For what is too large to be joined in memory: the artifacts of each batch, made where they do not stand.
+
+        Whoever has used them calls `drop_parts`, also when it finds its own result made: the run may have been killed
+        in between.
+        """
+        self.begin()
+        size = self.size(stage)
+        paths = []
+        # An empty set is one empty batch, so that there is something to join.
+        for number, start in enumerate(range(0, max(1, len(rows)), size)):
+            paths.append(f"{path}.parts/{number:04d}")
+            self.store.ensure(paths[-1], key, partial(make, rows[start : start + size]))
+        return paths
+
+    def drop_parts(self, path: str) -> None:
+        """Remove the parts of the artifact at `path`, if there are any."""
+        self.store.drop(f"{path}.parts")
 
     def begin(self) -> None:
-        """Record the options; called once the first stage has something to write."""
-        if self._recorded is None:
-            run_options.record(self.store.root, self.options, self.derived)
-            self._recorded = self.derived
+        """Record the options; called once the first stage has something to write.
+
+        Raises ValueError when another process has begun the same run meanwhile.
+        """
+        if self._recorded is not None:
+            return
+        self.store.root.mkdir(parents=True, exist_ok=True)
+        self.store.claim.take()
+        if run_options.recorded(self.store.root, self.options) is not None:
+            raise ValueError(f"{self.store.root} was made by another process meanwhile: the same command goes on there")
+        too_long = self._too_long
+        self._record()
+        self.store.put(TOO_LONG, self._too_long_key, too_long)
+
+    def _record(self) -> None:
+        run_options.record(self.store.root, self.options, self.derived)
+        self._recorded = self.derived
+
+    @property
+    def _too_long_key(self) -> str:
+        return fingerprint(self.target.identity, self._given, self.max_new_tokens)
+
+    @cached_property
+    def _too_long(self) -> dict[str, Any]:
+        """How long a prompt may be (null: as long as it likes), and the ids of longer ones by data set."""
+        if self._recorded is not None:
+            return self.store.get(TOO_LONG, self._too_long_key, dict, self._measure)
+        return self._measure()
+
+    def _measure(self) -> dict[str, Any]:
+        context = self.model.context
+        if context is None:
+            return {"limit": None, "prompts": {}}
+        limit = context - self.max_new_tokens
+        if limit < 1:
+            raise ValueError(
+                f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt: {self.target.name} has a context "
+                f"of {context} tokens"
+            )
+        sets = {**self._given.fitting, **self._given.evaluation}
+        return {"limit": limit, "prompts": {name: self.model.longer(rows, limit) for name, rows in sets.items()}}
 
     def finish(self) -> None:
         """Record the environment, unless everything had been made before."""
-        if self.store.made:
+        if self.store.made or not self.store.has("environment.json", ""):
             seconds = time.monotonic() - self._started
             about = describe(device=self.device, seed=self.options.seed, seconds=seconds)
             self.store.put("environment.json", "", about)
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        self.store.claim.release()
 
 
 def load_prompts(options: Options, target: presets.Target) -> prompts.PromptSets:

@@ -71,7 +71,7 @@ def run_health(job: Job, fitted: Fitted) -> Finding:
                     job.saes,
                     rows,
                     {row.prompt_id: row for row in answers.rows},
-                    batch_size=job.batch_size,
+                    batch_size=job.size("health"),
                     progress=job.progress,
                 )
             ]
@@ -214,13 +214,16 @@ def _slices(chosen: Chosen, arm: Arm) -> dict[int, SaeSlice]:
 
 def _answers(job: Job, rows: Prompts, arm: Arm, slices: Mapping[int, SaeSlice]) -> Responses:
     """What the model answers, before any judge has seen it."""
-    return job.store.get(
+    return job.in_batches(
+        "answer",
         f"answers/{rows.name}/{arm.label}.jsonl",
-        job.key("answer", rows, arm, slices, job.max_new_tokens),
-        Responses,
-        lambda: benchmark.answer(
-            job.model, rows, arm, slices=slices, batch_size=job.batch_size, max_new_tokens=job.max_new_tokens
+        key=job.key("answer", rows, arm, slices, job.max_new_tokens),
+        rows=rows,
+        kind=Responses,
+        make=lambda batch: benchmark.answer(
+            job.model, batch, arm, slices=slices, batch_size=job.size("answer"), max_new_tokens=job.max_new_tokens
         ),
+        join=benchmark.joined,
     )
 
 
@@ -238,13 +241,16 @@ def _judged(job: Job, fitted: Fitted, chosen: Chosen, rows: Prompts, arm: Arm, *
 def _cost(job: Job, chosen: Chosen, rows: Prompts, unedited: Responses, arm: Arm) -> capability.Cost:
     slices = _slices(chosen, arm)
     answers = {row.prompt_id: row for row in unedited.rows}
-    made = job.store.get(
+    made = job.in_batches(
+        "cost",
         f"costs/{rows.name}/{arm.label}.json",
-        job.key("cost", rows, arm, slices, unedited),
-        dict,
-        lambda: capability.cost(
-            job.model, rows, answers, arm.intervention, slices=slices, batch_size=job.batch_size
+        key=job.key("cost", rows, arm, slices, unedited),
+        rows=rows,
+        kind=dict,
+        make=lambda batch: capability.cost(
+            job.model, batch, answers, arm.intervention, slices=slices, batch_size=job.size("cost")
         )._asdict(),
+        join=lambda parts: capability.joined([capability.Cost(**part) for part in parts])._asdict(),
     )
     return capability.Cost(**made)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from refusalscope.core.store import write_atomically
+from refusalscope.core.disk import write_atomically
 
 RUN_FILE = "options.toml"
 

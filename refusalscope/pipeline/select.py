@@ -15,6 +15,8 @@ from refusalscope.mechanism.features import Choice, LayerSurvey
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 
+TRACES = "traces"
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -49,6 +51,8 @@ def choose_features(job: Job, fitted: Fitted) -> Chosen:
     )
     if not _features_stand(job, key):
         _make_features(job, fitted, key)
+    for scheme in ("sound", "paper", "gradient"):
+        job.drop_parts(f"{TRACES}/{scheme}")
     index = job.store.read("features/index.json", dict)
     sets = {name: job.store.read(f"features/{name}.json", FeatureSet) for name in index["sets"]}
     slices = {int(layer): job.store.read(f"slices/layer_{layer}.safetensors", SaeSlice) for layer in index["layers"]}
@@ -68,14 +72,15 @@ def _features_stand(job: Job, key: str) -> bool:
 def _make_features(job: Job, fitted: Fitted, key: str) -> None:
     published = job.options.protocol == "paper"
     train = fitted.data.harmful_train
-    refused = train if published else refused_prompts(job, fitted, train)
+    refused = train if published else refused_prompts(job, fitted, train, size=job.size("features"))
     nodes = [] if published else enough_nodes(job, fitted, refused)
-    traces = make_traces(job, fitted, refused, attribution.paper() if published else attribution.sound(nodes[-1].nodes))
+    scheme = attribution.paper() if published else attribution.sound(nodes[-1].nodes)
+    traces = kept_traces(job, fitted, refused, scheme, key)
     attribution.check_flipped(traces)
     if published:
         # The published code keeps prompts that removal does not flip: their metric is 0, and so are their scores.
         traces = [replace(part, flipped=torch.ones_like(part.flipped)) for part in traces]
-    reading = read_layers(job, fitted, refused, traces)
+    reading = read_layers(job, fitted, refused, traces, key)
     named = _named_sets(job, reading)
     sets = {name: made.features for name, made in named.items()} | _controls(job, reading, named)
     table = [row for name, made in named.items() for row in _table_rows(job, name, made)]
@@ -98,22 +103,41 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
     job.store.put("features/index.json", key, index)
 
 
-def refused_prompts(job: Job, fitted: Fitted, rows: Prompts) -> Prompts:
+def refused_prompts(job: Job, fitted: Fitted, rows: Prompts, *, size: int) -> Prompts:
     """The prompts whose first token refuses; all of them under --keep-unrefused."""
     if job.options.keep_unrefused:
         return rows
-    first = direction.first_tokens(job.model, rows, batch_size=job.batch_size).argmax.tolist()
+    first = direction.first_tokens(job.model, rows, batch_size=size).argmax.tolist()
     return rows.keep(
         prompt for prompt, token in zip(rows.ids, first, strict=True) if token in fitted.direction.refusal_tokens
     )
 
 
-def make_traces(job: Job, fitted: Fitted, rows: Prompts, scheme: Scheme) -> list[Trace]:
-    """Traces of all prompts under one scheme, batch by batch."""
+def kept_traces(job: Job, fitted: Fitted, rows: Prompts, scheme: Scheme, key: str) -> list[Trace]:
+    """Traces of all prompts under one scheme, each batch kept on disk until the feature sets are written."""
+
+    def make(part: Prompts) -> Trace:
+        job.progress(f"attribution: gradients ({scheme.name})", rows.ids.index(part.ids[0]), len(rows))
+        return trace_of(job, fitted, part, scheme)
+
+    path = f"{TRACES}/{scheme.name}"
+    parts = job.parts("features", path, key=key, rows=rows, kind=Trace, make=make)
+    return [job.store.read(part, Trace) for part in parts]
+
+
+def trace_of(job: Job, fitted: Fitted, rows: Prompts, scheme: Scheme) -> Trace:
+    """The trace of one batch."""
+    tokens = job.model.tokens(rows).to(job.model.device)
+    return attribution.trace(job.model, tokens, fitted.direction, layers=job.saes.layers, scheme=scheme)
+
+
+def make_traces(job: Job, fitted: Fitted, rows: Prompts, scheme: Scheme, *, size: int) -> list[Trace]:
+    """Traces of a few prompts, batch by batch, in memory alone."""
+    starts = range(0, len(rows), size)
     made = []
-    for done, (_, tokens) in enumerate(batches := list(job.model.batches(rows, job.batch_size))):
-        job.progress(f"attribution: gradients ({scheme.name})", done, len(batches))
-        made.append(attribution.trace(job.model, tokens, fitted.direction, layers=job.saes.layers, scheme=scheme))
+    for start in starts:
+        job.progress(f"attribution: gradients ({scheme.name})", start, len(rows))
+        made.append(trace_of(job, fitted, rows[start : start + size], scheme))
     return made
 
 
@@ -122,17 +146,18 @@ def enough_nodes(job: Job, fitted: Fitted, refused: Prompts) -> list[NodeCheck]:
     return attribution.enough_nodes(job.model, refused, fitted.direction, layers=job.saes.layers)
 
 
-def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Trace]) -> Reading:
+def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Trace], key: str) -> Reading:
     """Open each layer's SAE once and read everything off it that any wanted set needs."""
     wanted, most = job.options.wanted_methods, max(job.options.sizes)
     published = job.options.protocol == "paper"
     where, over = (features.everywhere, max(p.ids.shape[1] for p in traces)) if published else (scored, None)
     harmful = features.traced_residuals(traces)
     maxima = features.traced_residuals(traces, where=where) if published else harmful
-    slope_traces = make_traces(job, fitted, refused, attribution.gradient()) if "cosine+gradient" in wanted else []
+    wants_slopes = "cosine+gradient" in wanted
+    slope_traces = kept_traces(job, fitted, refused, attribution.gradient(), key) if wants_slopes else []
     plain = fitted.data.harmless_train
     harmless = (
-        features.read_residuals(job.model, plain, job.saes.layers, batch_size=job.batch_size, where=where)
+        features.read_residuals(job.model, plain, job.saes.layers, batch_size=job.size("features"), where=where)
         if "activation-difference" in wanted
         else None
     )

@@ -48,8 +48,9 @@ def run_verification(job: Job, fitted: Fitted) -> Finding:
 
 def measure(job: Job, fitted: Fitted, rows: Prompts) -> Measured:
     """All checks, on the first 32 prompts that are refused, and answered once the direction is removed."""
-    refused = refused_prompts(job, fitted, rows)
-    flips = make_traces(job, fitted, refused, attribution.gradient())
+    size = job.size("verify")
+    refused = refused_prompts(job, fitted, rows, size=size)
+    flips = make_traces(job, fitted, refused, attribution.gradient(), size=size)
     attribution.check_flipped(flips)
     flipped = [name for part in flips for name, flip in zip(part.prompt_ids, part.flipped, strict=True) if flip]
     used = refused.keep(flipped[:PROMPTS])
@@ -59,7 +60,7 @@ def measure(job: Job, fitted: Fitted, rows: Prompts) -> Measured:
         attribution.sound(),
         attribution.paper(),
     )
-    traces = {scheme.name: make_traces(job, fitted, used, scheme) for scheme in schemes}
+    traces = {scheme.name: make_traces(job, fitted, used, scheme, size=size) for scheme in schemes}
     moved = _Moves(traces["sound"], _candidates(job, fitted))
     checks = attribution.enough_nodes(job.model, used, fitted.direction, layers=job.saes.layers)
     return Measured(
@@ -156,7 +157,7 @@ def _riemann(job: Job, fitted: Fitted, few: Prompts) -> dict[str, list[float]]:
     """Nodes of the left Riemann sum -> each prompt's worst layer's distance from the swap's effect, over the gap."""
     found: dict[str, list[float]] = {}
     for nodes in RIEMANN:
-        part = make_traces(job, fitted, few, attribution.layerwise(left_riemann(nodes)))
+        part = make_traces(job, fitted, few, attribution.layerwise(left_riemann(nodes)), size=FEW)
         found[str(nodes)] = (
             torch.stack([torch.tensor(shares) for shares in _complete(job, part).values()]).amax(0).tolist()
         )

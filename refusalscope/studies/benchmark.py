@@ -7,7 +7,7 @@ by prompt. Knows nothing of files; whoever drives it decides what is answered ag
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from refusalscope.core import stats
@@ -82,6 +82,12 @@ def answer(
     for _, tokens in model.batches(prompts, batch_size):
         rows.extend(model.generate(tokens, edits=made.edits, max_new_tokens=max_new_tokens))
     return Responses(prompts.name, arm.method, arm.setting, tuple(rows), made.changed)
+
+
+def joined(parts: Sequence[Responses]) -> Responses:
+    """The answers to a data set from those to its batches, in order."""
+    rows = tuple(row for part in parts for row in part.rows)
+    return replace(parts[0], rows=rows, changed=sum(part.changed for part in parts))
 
 
 def choose_factor(tried: Mapping[float, Responses]) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from refusalscope.core.disk import Claim, write_atomically
 from refusalscope.testbed import grammar
 from refusalscope.testbed.autoencoders import collect, measure, save_sae, train_sae
 from refusalscope.testbed.shipped import CHECKSUMS, checksums
@@ -32,14 +33,15 @@ def build(
     """
     out, recipe, progress = Path(out), recipe or Recipe(), progress or _quiet
     work = _working_folder(out, {"seed": seed, "recipe": recipe_dict(recipe)})
-    with _deterministic():
+    # The claim clears the folder of what a killed build was writing: nothing of that may be moved into place.
+    with Claim(work), _deterministic():
         tokenizer, model = _model(work, recipe, seed=seed, progress=progress)
         saes = _saes(work, model, tokenizer, recipe, seed=seed, progress=progress)
         refused = refused_first_tokens(model, tokenizer)
-    report = {"seed": seed, "recipe": recipe_dict(recipe), "refused": refused, "saes": saes}
-    _write_json(work / "assets" / "build.json", report)
-    _write_json(work / "assets" / CHECKSUMS, checksums(work / "assets"))
-    _move(work, out)
+        report = {"seed": seed, "recipe": recipe_dict(recipe), "refused": refused, "saes": saes}
+        _write_json(work / "assets" / "build.json", report)
+        _write_json(work / "assets" / CHECKSUMS, checksums(work / "assets"))
+        _move(work, out)
     return report
 
 
@@ -149,7 +151,7 @@ def _deterministic() -> Iterator[None]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_atomically(path, f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode())
 
 
 def _quiet(_stage: str, _done: int, _of: int) -> None:
