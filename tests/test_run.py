@@ -44,13 +44,46 @@ def test_a_run_shows_what_it_promises(finished: Path) -> None:
     store = Store(finished)
     finding = store.read("findings/benchmark.json", Finding)
     assert {row.dataset for row in finding.rows} == {"harmful", "harmless", "look-alike", "harmful-validation"}
-    assert {row.method for row in finding.rows} == {"base", "direction", "cosine", "cosine+attribution", "random"}
-    for metric in ("refused", "answered", "incoherent", "complied", "refused_change", "cross_entropy_change", "kl"):
+    methods = {"base", "direction", "cosine", "cosine+attribution", "random"}
+    compared = {f"cosine+attribution vs {other}" for other in ("direction", "cosine", "random")}
+    assert {row.method for row in finding.rows} == methods | compared
+    assert {row.metric for row in finding.rows if row.method in compared} == {
+        f"{metric}_difference" for metric in ("refused", "answered", "complied")
+    }
+    assert len({row.setting for row in finding.rows if row.setting.startswith("set v=")}) == 6
+    rates = ("refused", "answered", "incoherent", "coherent", "complied")
+    for metric in (*rates, "refused_change", "cross_entropy_change", "kl"):
         assert any(row.metric == metric for row in finding.rows), metric
     assert len(store.read("findings/health.json", Finding).rows) == 3 * 8
+    assert {row.metric for row in store.read("findings/attribution.json", Finding).rows} == {
+        "features",
+        "candidates",
+        "error",
+    }
     for name in ("report.html", "options.toml", "environment.json", "features/table.json", "direction.safetensors"):
         assert (finished / name).is_file(), name
     assert len(store.paths("figures", ".svg")) >= 2
+
+
+def test_every_feature_and_some_prompts_are_explained(finished: Path) -> None:
+    store = Store(finished)
+    table = store.read("features/table.json", dict)["rows"]
+    details = store.read("features/details.json", dict)["features"]
+    assert {(row["layer"], row["index"]) for row in details} == {(row["layer"], row["index"]) for row in table}
+    for row in details:
+        for shown in row["strongest"]:
+            assert len(shown["tokens"]) == len(shown["roles"]) == len(shown["activations"])
+            assert max(shown["activations"]) > 0
+        assert row["alone"]["n"] == 16
+    whys = store.read("prompts/why.json", dict)["prompts"]
+    assert {"harmful"} <= {why["dataset"] for why in whys}
+    for why in whys:
+        assert why["metric_clean"] < 0 < why["metric_removed"]
+        outcomes = {tried["edit"]: tried["refused"] for tried in why["edits"]}
+        assert (outcomes["no edit"], outcomes["direction removed"]) == (True, False)
+        totals = [part["total"] for part in why["features"]]
+        assert totals == sorted(totals, reverse=True)
+        assert len(why["rest"]) == len(why["tokens"])
 
 
 def test_outcomes_are_exclusive_and_exhaustive(finished: Path) -> None:
