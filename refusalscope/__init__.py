@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refusalscope.core.scores import Attribution
+    from refusalscope.core.scores import Attribution, Scores, Trace
     from refusalscope.core.store import Store
     from refusalscope.core.types import (
         Direction,
@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from refusalscope.inputs.saes import SaeBank
     from refusalscope.mechanism.attribution import attribute
     from refusalscope.mechanism.direction import find
-    from refusalscope.mechanism.interventions import AddDirection, RemoveDirection, ScaleFeatures, editor
+    from refusalscope.mechanism.interventions import (
+        AddDirection,
+        HoldFeatures,
+        RemoveDirection,
+        ScaleFeatures,
+        SetFeatures,
+        Together,
+        editor,
+        record,
+    )
 
 __version__ = "0.1.0"
 
@@ -49,6 +58,12 @@ _HOMES = {
     "AddDirection": "mechanism.interventions",
     "RemoveDirection": "mechanism.interventions",
     "ScaleFeatures": "mechanism.interventions",
+    "SetFeatures": "mechanism.interventions",
+    "HoldFeatures": "mechanism.interventions",
+    "Together": "mechanism.interventions",
+    "record": "mechanism.interventions",
+    "Scores": "core.scores",
+    "Trace": "core.scores",
     "editor": "mechanism.interventions",
 }
 __all__ = [
@@ -59,6 +74,7 @@ __all__ = [
     "Feature",
     "FeatureSet",
     "Finding",
+    "HoldFeatures",
     "Prompt",
     "Prompts",
     "RemoveDirection",
@@ -68,10 +84,15 @@ __all__ = [
     "SaeBank",
     "SaeSlice",
     "ScaleFeatures",
+    "Scores",
+    "SetFeatures",
     "Store",
+    "Together",
+    "Trace",
     "attribute",
     "editor",
     "find",
+    "record",
 ]
 
 

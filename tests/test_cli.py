@@ -286,6 +286,10 @@ own_options = st.fixed_dictionaries(
         "limit": st.integers(1, 999),
         "k": st.integers(1, 99),
         "draws": st.integers(3, 99),
+        "datasets": st.lists(words, min_size=1, max_size=3).map(tuple),
+        "protocol": st.sampled_from(["sound", "paper"]),
+        "methods": st.lists(st.sampled_from(run_options.METHODS[:-1]), min_size=1, max_size=3).map(tuple),
+        "values": st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=3).map(tuple),
         "factors": st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=3).map(tuple),
         "refusal_token": st.lists(words, max_size=3).map(tuple),
         "best_layer": st.integers(0, 99),
@@ -307,7 +311,7 @@ def test_a_recorded_command_makes_the_same_options(
     extra: dict[str, Any] = {"columns": columns} if "prompts" in values else {"full": full and model == "testbed"}
     made = Options(model=model, **values, **extra)
     with pytest.MonkeyPatch.context() as patch:
-        again, folder = chosen(shlex.split(measure.command(made, "my run"))[1:], patch)
+        again, folder = chosen(shlex.split(measure.command(made, "my run", verb="run"))[1:], patch)
     assert again == made
     assert folder == Path("runs/my run")
 

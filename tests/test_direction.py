@@ -146,3 +146,13 @@ def test_batch_size_does_not_change_the_direction() -> None:
         ).vector
 
     torch.testing.assert_close(vector(3), vector(20), atol=1e-4, rtol=1e-4)
+
+
+def test_parts_kept_whole_are_not_filtered() -> None:
+    data = _data()
+    first = {name: FirstTokens(torch.tensor([5] * 12 + [6] * 8)) for name in FitData.__annotations__}
+    first["harmless_train"] = FirstTokens(torch.tensor([6] * 20))
+    kept, counts = direction.filter_prompts(data, first, [5], whole=("harmful_train",))
+    assert kept.harmful_train == data.harmful_train
+    assert counts["harmful_train_dropped"] == 0
+    assert counts["harmful_validation_dropped"] == 8

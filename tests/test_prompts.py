@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -291,3 +292,42 @@ def test_the_testbeds_splits_are_disjoint_and_carry_their_truth(full: bool) -> N
     assert all(p.cluster == p.details["intent"] for part in parts.values() for p in part)
     seen = {p.cluster for part in sets.fitting.values() for p in part}
     assert not seen & {p.cluster for part in sets.evaluation.values() for p in part}
+
+
+def _evaluated(**labels: str) -> prompts.PromptSets:
+    rows = {name: Prompts(name, (Prompt(f"{name}-0", name, label),)) for name, label in labels.items()}  # type: ignore[arg-type]
+    return prompts.PromptSets({}, rows)
+
+
+def test_only_the_sets_named_are_answered_and_a_harmless_one() -> None:
+    sets = _evaluated(advbench="harmful", jailbreakbench="harmful", harmless="harmless")
+    assert list(prompts.only(sets, ["advbench"]).evaluation) == ["advbench", "harmless"]
+    assert list(prompts.only(sets, ["harmless", "jailbreakbench"]).evaluation) == ["jailbreakbench", "harmless"]
+    with pytest.raises(ValueError, match=r"--dataset advbnech: the evaluation sets here are advbench, jailbreakbench"):
+        prompts.only(sets, ["advbnech"])
+
+
+def test_the_published_protocol_fits_on_the_one_harmful_set_it_judges() -> None:
+    sets = _evaluated(advbench="harmful", harmless="harmless")
+    made = prompts.for_paper(sets)
+    assert made.fitting["harmful-train"].rows == sets.evaluation["advbench"].rows
+    assert made.fitting["harmful-train"].name == "harmful-train"
+    assert "the very advbench prompts" in made.notes[0]
+    with pytest.raises(ValueError, match="--dataset, of a, b"):
+        prompts.for_paper(_evaluated(a="harmful", b="harmful", harmless="harmless"))
+
+
+def test_the_published_harmless_prompts_are_drawn_as_published(tmp_path: Path) -> None:
+    pools = {"harmful": 200, "harmless": 300}
+    for name, count in pools.items():
+        for split in ("train", "val", "test"):
+            rows = [{"instruction": f"{name} {split} {i}", "category": None} for i in range(count)]
+            written(tmp_path / "splits" / f"{name}_{split}.json", json.dumps(rows))
+    for name in prompts.BENCHMARKS:
+        rows = [{"instruction": f"{name} {i}", "category": None} for i in range(9)]
+        written(tmp_path / "processed" / f"{name}.json", json.dumps(rows))
+    random.seed(42)
+    random.sample([f"harmful train {i}" for i in range(200)], 128)
+    expected = random.sample([f"harmless train {i}" for i in range(300)], 128)
+    made = from_refusal_direction(tmp_path, count=9, published_draw=True)
+    assert [prompt.text for prompt in made.fitting["harmless-train"]] == expected

@@ -10,17 +10,22 @@ from typer.testing import CliRunner
 
 from refusalscope.cli import app
 from refusalscope.core.store import Store
-from refusalscope.core.types import FeatureSet, Finding, Responses
+from refusalscope.core.types import FeatureSet, Finding, Prompts, Responses
 from refusalscope.testbed import grammar, shipped
 
 SMALL = ["--limit", "8", "--factor", "-1", "--factor", "0", "--max-new-tokens", "40"]
 
 
-def _run(runs: Path, *arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["run", "testbed", "--runs", str(runs), *arguments])
+def invoke(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command."""
+    result = CliRunner().invoke(app, list(arguments))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
+
+
+def _run(runs: Path, *arguments: str) -> tuple[int, str, str]:
+    return invoke("run", "testbed", "--runs", str(runs), *arguments)
 
 
 def _bytes(folder: Path) -> dict[str, str]:
@@ -200,3 +205,19 @@ def test_a_truncated_asset_is_named_with_its_checksum(tmp_path: Path, monkeypatc
     assert "layer_3" in err
     assert "sha256" in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_published_protocol_runs_on_one_set_and_says_so(tmp_path: Path) -> None:
+    methods = ["--method", "attribution", "--method", "activation-difference", "--method", "cosine+attribution"]
+    arguments = ["--name", "p", "--protocol", "paper", "--limit", "20", "--factor", "0", "--max-new-tokens", "8"]
+    code, _, err = _run(tmp_path, *arguments, "--best-layer", "6", "--dataset", "harmful", *methods)
+    assert code == 0, err
+    store = Store(tmp_path / "p")
+    about = store.read("run.json", dict)
+    assert about["notices"][0].startswith("The published protocol was asked for")
+    fitted, judged = (store.read(f"prompts/{name}.jsonl", Prompts) for name in ("harmful-train", "harmful"))
+    assert fitted.rows == judged.rows
+    assert {row.method for row in store.read("findings/attribution.json", Finding).rows} == {"paper"}
+    for name in ("attribution", "activation-difference", "cosine+attribution"):
+        assert len(store.read(f"features/{name}.json", FeatureSet)) == 20
+    assert _run(tmp_path, "--name", "q", "--protocol", "paper", "--full")[0] == 2

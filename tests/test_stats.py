@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import bootstrap, norm
+from scipy.stats import bootstrap, norm, spearmanr
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
@@ -222,3 +222,29 @@ def test_an_estimate_lies_in_its_interval(ones: int, zeros: int) -> None:
     values = [1.0] * ones + [0.0] * zeros
     for found in (stats.rate(values), stats.mean(values, resamples=200)):
         assert list(numbers(found)) == sorted(numbers(found))
+
+
+values = st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=4, max_size=30)
+
+
+@given(values)
+def test_rank_correlation_equals_scipys(pairs: list[tuple[int, int]]) -> None:
+    x, y = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
+    if len(set(x)) == 1 or len(set(y)) == 1:
+        with pytest.raises(ValueError, match="that vary"):
+            stats.rank_correlation(x, y)
+        return
+    found = stats.rank_correlation(x, y)
+    assert found.n == len(pairs)
+    assert found.estimate == pytest.approx(spearmanr(x, y)[0], abs=1e-9)
+    assert -1.0000001 <= numbers(found)[1] <= numbers(found)[2] <= 1.0000001
+
+
+def test_rank_correlation_covers_the_truth() -> None:
+    rng, hits = np.random.default_rng(5), 0
+    for _ in range(200):
+        x = rng.normal(size=60)
+        y = 0.6 * x + 0.8 * rng.normal(size=60)
+        truth = 6 / math.pi * math.asin(0.6 / 2)  # Spearman's rho of a bivariate normal with correlation 0.6
+        hits += holds(stats.rank_correlation(x.tolist(), y.tolist()), truth)
+    assert 0.88 <= hits / 200 <= 0.99

@@ -22,6 +22,8 @@ from refusalscope.studies import attribution, benchmark, health
 from refusalscope.studies.benchmark import Arm
 
 STRENGTHS = "features/strengths.json"
+REPEATABLE = ("factors", "methods", "values", "datasets")
+"""Options that hold several values, each given by a flag in the singular."""
 
 
 def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
@@ -109,7 +111,7 @@ def describe_run(job: Job, fitted: Fitted) -> None:
     about = {
         "title": f"Why does {job.target.name} refuse?",
         "model": job.target.name,
-        "command": command(job.options, job.store.root.name),
+        "command": command(job.options, job.store.root.name, verb="verify" if finding is None else "run"),
         "options": {**as_plain(job.options), "derived": job.derived},
         "notices": [*refusal_notices(job, finding), *fitted.notes],
         "versions": versions(),
@@ -141,15 +143,13 @@ def refusal_notices(job: Job, finding: Finding | None) -> list[str]:
     return notices
 
 
-def command(options: Options, name: str) -> str:
+def command(options: Options, name: str, *, verb: str) -> str:
     """The command line that makes this run again."""
-    words = ["refusalscope", "run", options.model, "--name", name]
+    words = ["refusalscope", verb, options.model, "--name", name]
     for key, value in as_plain(options).items():
         if key == "model" or value == Options.model_fields[key].get_default(call_default_factory=True):
             continue
-        flag = "--" + {"factors": "factor", "methods": "method", "values": "value", "datasets": "dataset"}.get(
-            key, key
-        ).replace("_", "-")
+        flag = "--" + (key.removesuffix("s") if key in REPEATABLE else key).replace("_", "-")
         if value is True:
             words.append(flag)
         elif isinstance(value, dict):

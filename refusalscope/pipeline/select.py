@@ -15,7 +15,7 @@ from refusalscope.mechanism.features import Choice, LayerSurvey
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 
-TRACES = "traces"
+TRACES = "attributions"
 
 
 @dataclass(frozen=True)
