@@ -35,7 +35,7 @@ def test_a_small_verification_makes_every_check_and_a_page(tmp_path: Path) -> No
     assert max(complete.values()) <= 1e-3
     assert max(_estimates(finding, "node_error").values()) <= 0.02
     riemann = _estimates(finding, "riemann_error")
-    for coarse, fine in ((4, 8), (8, 16), (16, 32)):
+    for coarse, fine in ((4, 8), (8, 16)):
         ratio = riemann["layerwise", f"nodes={coarse}"] / riemann["layerwise", f"nodes={fine}"]
         assert 1.7 <= ratio <= 2.4
     page = (tmp_path / "v" / "report.html").read_text()

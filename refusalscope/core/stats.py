@@ -78,12 +78,12 @@ def paired_difference(
     """Difference of two paired rates, `after - before`, with Newcombe's score interval (Newcombe 1998, method 10).
 
     Values are 0, 1 or NaN; a pair with a NaN on either side is left out and lowers coverage. Where pairs share a
-    cluster the interval is that of `mean` over the differences, which resamples whole clusters.
+    cluster the interval is that of `mean_difference`.
     """
     if len(after) != len(before):
         raise ValueError(f"pairs need equal lengths, got {len(after)} and {len(before)}")
     if clusters is not None and len(set(clusters)) < len(clusters):
-        return mean([a - b for a, b in zip(after, before, strict=True)], clusters)
+        return mean_difference([a - b for a, b in zip(after, before, strict=True)], clusters)
     both = [(a, b) for a, b in zip(after, before, strict=True) if not (math.isnan(a) or math.isnan(b))]
     n = len(both)
     if n == 0:
@@ -94,6 +94,20 @@ def paired_difference(
     first, second = (yes_yes + yes_no) / n, (yes_yes + no_yes) / n
     low, high = _newcombe(first, second, n, _phi(yes_yes, yes_no, no_yes, n - yes_yes - yes_no - no_yes))
     return Estimate(n, first - second, low, high, n / len(after))
+
+
+def mean_difference(differences: Sequence[float], clusters: Sequence[str]) -> Estimate:
+    """Mean of paired differences of scores between 0 and 1, resampling whole clusters as `mean` does.
+
+    Where no pair differs a bootstrap sees no doubt at all; then the interval is Newcombe's for as many pairs that agree
+    as there are clusters.
+    """
+    found = mean(differences, clusters)
+    if not found.n or any(differences[i] for i in range(len(differences)) if not math.isnan(differences[i])):
+        return found
+    agreeing = len({name for name, value in zip(clusters, differences, strict=True) if not math.isnan(value)})
+    low, high = _newcombe(0.0, 0.0, agreeing, 0.0)
+    return found._replace(low=low, high=high)
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Estimate:
@@ -112,14 +126,14 @@ def rank_correlation(first: Sequence[float], second: Sequence[float], *, seed: i
 
 
 def _spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+    a, b = (ranks - ranks.mean() for ranks in (_ranks(x), _ranks(y)))
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Ranks with ties at their mean."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[place]
+    ordered = np.sort(values)
+    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right") + 1) / 2
 
 
 def mcnemar(after: Sequence[float], before: Sequence[float]) -> float:

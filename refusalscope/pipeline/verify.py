@@ -24,7 +24,7 @@ FEW = 8
 """Prompts for the checks whose cost grows with layers times nodes, or with every SAE in memory at once."""
 ORDERS = 8
 FINE = 16
-RIEMANN = (4, 8, 16, 32)
+RIEMANN = (4, 8, 16)
 RESIDENT = 2**30
 """SAE weights that may be in memory at once for the naive formulation; beyond it, four layers are checked."""
 

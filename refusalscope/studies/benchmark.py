@@ -183,7 +183,7 @@ def _difference(
     if len(ours) == len(theirs) == 1:
         return stats.paired_difference(ours[0].score(metric), theirs[0].score(metric), clusters)
     pairs = zip(_mean_scores(ours, metric), _mean_scores(theirs, metric), strict=True)
-    return stats.mean([a - b for a, b in pairs], clusters)
+    return stats.mean_difference([a - b for a, b in pairs], clusters)
 
 
 def _mean_scores(draws: Sequence[Responses], metric: str) -> list[float]:
