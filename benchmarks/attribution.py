@@ -5,13 +5,14 @@
 
 Every measurement is a process of its own, so that its peak memory is its own. `ours` attributes all features and
 `candidates` ten per layer, both with the published ten-node rule and path, so the work asked for is the same; `sound`
-is what a run does by default. Memory is what a variant needed beyond the loaded model and prompts.
+is what a run does by default. Memory is the peak beyond the loaded model and prompts, so it counts the SAEs that a
+variant holds: all of them, or one at a time. It is read from /proc, and null where there is none.
 """
 
 import argparse
+import gc
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -81,7 +82,7 @@ def compare(rung: int) -> dict[str, Any]:
         found[variant] = json.loads(done.stdout)
     base = found["naive"]
     ratios = {
-        variant: {part: round(base[part] / max(made[part], 1e-9), 1) for part in ("seconds", "megabytes")}
+        variant: {part: round(base[part] / made[part], 1) if made[part] else None for part in ("seconds", "megabytes")}
         for variant, made in found.items()
         if variant != "naive"
     }
@@ -95,20 +96,21 @@ def compare(rung: int) -> dict[str, Any]:
     }
 
 
-def measure(rung: Rung, variant: str) -> dict[str, float]:
+def measure(rung: Rung, variant: str) -> dict[str, float | None]:
     """Median seconds of three runs after one to warm up, peak memory beyond what was loaded, and a checksum."""
     torch.set_flush_denormal(True)
     with TemporaryDirectory() as folder:
         bench = load(rung, Path(folder))
+        gc.collect()
+        before = forget_peak()
         run = runner(bench, variant)
-        before = peak_megabytes()
         seconds, checksum = [], 0.0
         for _ in range(1 + REPEATS):
             start = time.perf_counter()
             checksum = run()
             seconds.append(time.perf_counter() - start)
-    used = peak_megabytes() - before
-    return {"seconds": round(median(seconds[1:]), 3), "megabytes": round(used, 1), "checksum": checksum}
+    used = None if before is None else round(memory("VmHWM") - before, 1)
+    return {"seconds": round(median(seconds[1:]), 3), "megabytes": used, "checksum": checksum}
 
 
 def runner(bench: Bench, variant: str) -> Callable[[], float]:
@@ -187,10 +189,19 @@ def save_sae(folder: Path, rung: Rung, residual: torch.Tensor) -> Path:
     return folder
 
 
-def peak_megabytes() -> float:
-    """Peak resident memory of this process so far (ru_maxrss counts kilobytes on Linux, bytes on macOS)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+def forget_peak() -> float | None:
+    """Let the peak of resident memory start anew (Linux); what is resident now, in megabytes."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return memory("VmRSS")
+
+
+def memory(field: str) -> float:
+    """A line of /proc/self/status in megabytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) / 1024
 
 
 def machine() -> dict[str, Any]:

@@ -24,7 +24,7 @@ STRONGEST = 5
 HELD_OUT = 32
 """Held-out refused prompts on which editing a feature alone is measured."""
 SHOWN = 8
-"""Features shown per prompt; the other candidates are summed."""
+"""Features shown per prompt; the others of the set are summed."""
 PER_SET = 2
 """Refused prompts shown per evaluation set."""
 
@@ -166,7 +166,6 @@ def _edits(job: Job, intervention: Intervention | None, chosen: Chosen) -> dict[
 
 def _whys(job: Job, fitted: Fitted, chosen: Chosen, factors: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     """The first refused prompts of every evaluation set, wrongly refused harmless ones among them."""
-    slices = {layer: chosen.slices[layer] for layer in chosen.slices}
     for name, rows in job.sets.evaluation.items():
         if name.endswith("-unseen"):
             continue
@@ -179,7 +178,7 @@ def _whys(job: Job, fitted: Fitted, chosen: Chosen, factors: Mapping[str, float]
                 if trace.flipped[row]:
                     label = rows.keep([prompt])[0].label
                     yield {"id": prompt, "dataset": name, "label": label} | _why(
-                        job, fitted.direction, _single(trace, row), chosen, slices, factors
+                        job, fitted.direction, _single(trace, row), chosen, factors
                     )
 
 
@@ -199,20 +198,14 @@ def _single(trace: Trace, row: int) -> Trace:
     )
 
 
-def _why(
-    job: Job,
-    found: Direction,
-    trace: Trace,
-    chosen: Chosen,
-    slices: Mapping[int, SaeSlice],
-    factors: Mapping[str, float],
-) -> dict[str, Any]:
+def _why(job: Job, found: Direction, trace: Trace, chosen: Chosen, factors: Mapping[str, float]) -> dict[str, Any]:
+    """The first set's features on one prompt, token by token, and what every edit makes of it."""
+    first = next(iter(chosen.sets.values()))
+    slices = [chosen.slices[layer].take(some) for layer, some in first.by_layer().items()]
     listed = [
         (delta.feature, delta.change[0] * (trace.gradient[trace.layers.index(delta.feature.layer)][0] @ delta.decoder))
-        for delta in effects.deltas(trace, [slices[layer] for layer in slices])
+        for delta in effects.deltas(trace, slices)
     ]
-    first = next(iter(chosen.sets.values()))
-    listed = [(feature, values) for feature, values in listed if feature in set(first.features)]
     listed.sort(key=lambda pair: (-float(pair[1].sum()), pair[0]))
     tokens = job.model.decode(trace.ids[0].tolist())
     rest = sum((values for _, values in listed[SHOWN:]), torch.zeros(len(tokens)))

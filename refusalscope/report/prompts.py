@@ -32,7 +32,7 @@ class Column(NamedTuple):
 
 
 class TokenLine(NamedTuple):
-    """One token of the table: an attribution per feature, then that of all other candidates."""
+    """One token of the table: an attribution per feature, then that of the set's other features."""
 
     text: str
     role: str
