@@ -2,6 +2,7 @@
 
 import os
 
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,3 +11,7 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 install_import_hook("refusalscope", "beartype.beartype")
+
+# A deadline would time the tests, and fail them where the machine is busy.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")

@@ -303,7 +303,7 @@ own_options = st.fixed_dictionaries(
 columns = st.dictionaries(st.sampled_from(["text", "label", "category"]), column)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(own_options, columns, st.sampled_from(["testbed", "models/my own"]), st.booleans())
 def test_a_recorded_command_makes_the_same_options(
     values: dict[str, Any], columns: dict[str, str], model: str, full: bool

@@ -109,7 +109,7 @@ def assert_shown(text: str, html: str) -> None:
     assert "onerror=alert" not in re.sub(r">[^<]*<", "><", html)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(texts, texts)
 def test_any_text_stands_on_the_page_as_text(store: Store, text: str, answer: str) -> None:
     store.put("prompts/harmful.jsonl", "", Prompts("harmful", (Prompt("p0", text, "harmful", category=text),)))

@@ -56,7 +56,7 @@ def test_scaling_changes_something_and_counts_it(model: ChatModel, saes: SaeBank
     assert 0 < made.changed <= 3 * int(tokens.mask.sum())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(factor=st.floats(-4, 4), layer=st.integers(0, 3), chosen=st.sets(st.integers(0, 95), min_size=1, max_size=8))
 def test_scaling_equals_decoding_edited_features_plus_error(
     saes: SaeBank, factor: float, layer: int, chosen: set[int]
@@ -166,7 +166,7 @@ def test_bfloat16_edits_keep_untouched_positions_bit_identical(saes: SaeBank) ->
     assert torch.equal(model.run(tokens, edits=edits, logits=1).logits, model.run(tokens, logits=1).logits)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(value=st.floats(-4, 4), layer=st.integers(0, 3), chosen=st.sets(st.integers(0, 95), min_size=1, max_size=8))
 def test_setting_equals_decoding_the_constant_plus_error(
     saes: SaeBank, value: float, layer: int, chosen: set[int]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import bootstrap, norm, spearmanr
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
@@ -227,7 +227,6 @@ def test_an_estimate_lies_in_its_interval(ones: int, zeros: int) -> None:
 values = st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=4, max_size=30)
 
 
-@settings(deadline=None)
 @given(values)
 def test_rank_correlation_equals_scipys(pairs: list[tuple[int, int]]) -> None:
     x, y = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
