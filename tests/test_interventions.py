@@ -1,5 +1,7 @@
 """The laws of feature edits and direction edits (method 5)."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -56,22 +58,53 @@ def test_scaling_changes_something_and_counts_it(model: ChatModel, saes: SaeBank
     assert 0 < made.changed <= 3 * int(tokens.mask.sum())
 
 
+edits = {
+    "layer": st.integers(0, 3),
+    "chosen": st.sets(st.integers(0, 95), min_size=1, max_size=8),
+    "number": st.floats(-4, 4),
+}
+
+
 @settings(max_examples=25)
-@given(factor=st.floats(-4, 4), layer=st.integers(0, 3), chosen=st.sets(st.integers(0, 95), min_size=1, max_size=8))
+@given(**edits)
 def test_scaling_equals_decoding_edited_features_plus_error(
-    saes: SaeBank, factor: float, layer: int, chosen: set[int]
+    saes: SaeBank, layer: int, chosen: set[int], number: float
 ) -> None:
+    def scaled(features: torch.Tensor) -> torch.Tensor:
+        return features * number
+
+    _equals_decoding(saes, layer, chosen, scaled, lambda wanted: ScaleFeatures(wanted, number))
+
+
+@settings(max_examples=25)
+@given(**edits)
+def test_setting_equals_decoding_the_constant_plus_error(
+    saes: SaeBank, layer: int, chosen: set[int], number: float
+) -> None:
+    def constant(features: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(features, number)
+
+    _equals_decoding(saes, layer, chosen, constant, lambda wanted: SetFeatures(wanted, number))
+
+
+def _equals_decoding(
+    saes: SaeBank,
+    layer: int,
+    chosen: set[int],
+    change: Callable[[torch.Tensor], torch.Tensor],
+    intervention: Callable[[FeatureSet], Intervention],
+) -> None:
+    """The edit is the SAE's decoding of changed features plus its error on the unchanged ones."""
     residual = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(layer))
     sae = saes.layer(layer)
     features = sae.encode(residual)
     error = residual - sae.decode(features)
     edited = features.clone()
-    edited[..., sorted(chosen)] *= factor
-    expected = sae.decode(edited) + error
+    edited[..., sorted(chosen)] = change(features[..., sorted(chosen)])
     wanted = FeatureSet("test", tuple(Feature(layer, i) for i in sorted(chosen)), (1.0,) * len(chosen))
-    made = editor(ScaleFeatures(wanted, factor), layers=4, slices=saes.slices(wanted.by_layer()))
+    made = editor(intervention(wanted), layers=4, slices=saes.slices(wanted.by_layer()))
     batch = Batch(("a", "b"), torch.full((2, 5), int(Role.INSTRUCTION)))
-    torch.testing.assert_close(made.edits[layer](residual, batch), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made.edits[layer](residual, batch), sae.decode(edited) + error, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["remove", "affine", "add", "scale", "per prompt", "set", "together"])
@@ -164,23 +197,6 @@ def test_bfloat16_edits_keep_untouched_positions_bit_identical(saes: SaeBank) ->
     tokens = model.tokens(tiny.prompts())
     edits = editor(ScaleFeatures(SET, -3.0), layers=4, slices=parts).edits
     assert torch.equal(model.run(tokens, edits=edits, logits=1).logits, model.run(tokens, logits=1).logits)
-
-
-@settings(max_examples=25)
-@given(value=st.floats(-4, 4), layer=st.integers(0, 3), chosen=st.sets(st.integers(0, 95), min_size=1, max_size=8))
-def test_setting_equals_decoding_the_constant_plus_error(
-    saes: SaeBank, value: float, layer: int, chosen: set[int]
-) -> None:
-    residual = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(layer))
-    sae = saes.layer(layer)
-    features = sae.encode(residual)
-    error = residual - sae.decode(features)
-    edited = features.clone()
-    edited[..., sorted(chosen)] = value
-    wanted = FeatureSet("test", tuple(Feature(layer, i) for i in sorted(chosen)), (1.0,) * len(chosen))
-    made = editor(SetFeatures(wanted, value), layers=4, slices=saes.slices(wanted.by_layer()))
-    batch = Batch(("a", "b"), torch.full((2, 5), int(Role.INSTRUCTION)))
-    torch.testing.assert_close(made.edits[layer](residual, batch), sae.decode(edited) + error, atol=1e-5, rtol=1e-5)
 
 
 def _held(model: ChatModel, saes: SaeBank, features: FeatureSet, *, batch_size: int = 4) -> HoldFeatures:

@@ -71,6 +71,10 @@ class Store:
         if not self.has(path, key):
             self.put(path, key, make())
 
+    def keep(self, path: str, key: str, value: Any) -> None:
+        """Write `value` unless it stands at `path` under `key` already."""
+        self.ensure(path, key, lambda: value)
+
     def put(self, path: str, key: str, value: Any) -> None:
         """Write `value` (a noun, bytes, text or plain JSON data) at `path`, then its key into the manifest."""
         content = CODECS[type(value)][0](value)

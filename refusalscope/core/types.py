@@ -270,6 +270,15 @@ class Finding:
         return None
 
 
+def layers_of(sets: Iterable[FeatureSet]) -> dict[int, list[int]]:
+    """Layer -> the features of any of the sets, ascending."""
+    layers: dict[int, set[int]] = {}
+    for chosen in sets:
+        for layer, indices in chosen.by_layer().items():
+            layers.setdefault(layer, set()).update(indices)
+    return {layer: sorted(indices) for layer, indices in sorted(layers.items())}
+
+
 def ordered_features(pairs: Sequence[tuple[Feature, float]], k: int) -> tuple[tuple[Feature, ...], tuple[float, ...]]:
     """The `k` best-scored features, ties by (layer, index)."""
     best = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:k]

@@ -3,7 +3,7 @@
 Scores are kept per prompt, so choosing again (per prompt, on resampled prompts) costs no forward pass.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -113,9 +113,10 @@ def highest(sae: LayerSae | SaeSlice, residuals: Residuals) -> Float[Tensor, "pr
     return best
 
 
-def _encoded(sae: LayerSae | SaeSlice, residuals: Residuals) -> list[tuple[Tensor, Tensor]]:
-    pairs = zip(residuals.prompt.split(CHUNK), residuals.layers[sae.layer].split(CHUNK), strict=True)
-    return [(owners, sae.encode(part)) for owners, part in pairs]
+def _encoded(sae: LayerSae | SaeSlice, residuals: Residuals) -> Iterator[tuple[Tensor, Tensor]]:
+    """Which prompts a chunk of tokens belongs to and its activations; no two chunks are in memory at once."""
+    for owners, part in zip(residuals.prompt.split(CHUNK), residuals.layers[sae.layer].split(CHUNK), strict=True):
+        yield owners, sae.encode(part)
 
 
 def by_cosine(sae: LayerSae, direction: Direction, k: int) -> FeatureSet:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from refusalscope.core.types import Direction, FeatureSet, Prompts, SaeSlice
+from refusalscope.core.types import Direction, FeatureSet, Prompts, SaeSlice, layers_of
 from refusalscope.inputs.chat import Batch, ChatModel, Edit, scored
 from refusalscope.inputs.template import Role
 
@@ -103,11 +103,7 @@ class Editor:
 
 def needed_features(intervention: Intervention | None) -> dict[int, list[int]]:
     """Layer -> the features an intervention touches, ascending: what to slice from the SAEs."""
-    layers: dict[int, set[int]] = {}
-    for chosen in _sets(intervention):
-        for layer, indices in chosen.by_layer().items():
-            layers.setdefault(layer, set()).update(indices)
-    return {layer: sorted(indices) for layer, indices in sorted(layers.items())}
+    return layers_of(_sets(intervention))
 
 
 def _sets(intervention: Intervention | None) -> list[FeatureSet]:

@@ -12,12 +12,12 @@ from refusalscope.core.scores import Trace
 from refusalscope.core.types import Direction, Feature, FeatureSet, Prompt, Prompts, SaeSlice
 from refusalscope.inputs.chat import ChatModel
 from refusalscope.inputs.template import Role
-from refusalscope.mechanism import attribution, direction, effects
+from refusalscope.mechanism import attribution, effects
 from refusalscope.mechanism.interventions import Intervention, RemoveDirection, ScaleFeatures, editor, needed_features
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.measure import STRENGTHS
-from refusalscope.pipeline.select import Chosen, make_traces, refused_prompts
+from refusalscope.pipeline.select import Chosen, make_traces, opening_refused, refused_prompts
 
 STRONGEST = 5
 """Prompts shown per feature."""
@@ -170,10 +170,8 @@ def _whys(job: Job, fitted: Fitted, chosen: Chosen, factors: Mapping[str, float]
         if name.endswith("-unseen"):
             continue
         job.progress(f"explaining prompts: {name}", 0, 1)
-        first = direction.first_tokens(job.model, rows, batch_size=job.size("explain")).argmax.tolist()
-        pairs = zip(rows.ids, first, strict=True)
-        refused = [prompt for prompt, token in pairs if token in fitted.direction.refusal_tokens]
-        for trace in make_traces(job, fitted, rows.keep(refused[:PER_SET]), attribution.sound(), size=PER_SET):
+        refused = opening_refused(job, fitted, rows, size=job.size("explain"))[:PER_SET]
+        for trace in make_traces(job, fitted, refused, attribution.sound(), size=PER_SET):
             for row, prompt in enumerate(trace.prompt_ids):
                 if trace.flipped[row]:
                     label = rows.keep([prompt])[0].label

@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from refusalscope.core.fingerprint import fingerprint
-from refusalscope.core.types import Direction, Prompts
+from refusalscope.core.types import Direction
 from refusalscope.evals import judges
 from refusalscope.inputs import prompts
 from refusalscope.mechanism import direction
@@ -43,13 +41,9 @@ def fit(job: Job) -> Fitted:
     how = job.store.read("fitting.json", dict)
     used = sources[how["source"]].fitting
     for name, rows in {**used, **job.sets.evaluation}.items():
-        job.store.get(f"prompts/{name}.jsonl", fingerprint(rows), Prompts, partial(_same, rows))
+        job.store.keep(f"prompts/{name}.jsonl", fingerprint(rows), rows)
     data = FitData(*(used[name] for name in prompts.FITTING))
     return Fitted(job.store.read("direction.safetensors", Direction), data, (*job.sets.notes, *how["notes"]))
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Direction, str, list[str]]:

@@ -98,9 +98,9 @@ def write_report(store: Store) -> str:
     findings = {path: store.read(path, Finding) for path in store.paths("findings", ".json")}
     for finding in findings.values():
         for name, content in plots.figures(finding).items():
-            store.get(f"figures/{name}.svg", fingerprint(finding, __version__), bytes, partial(_same, content))
+            store.keep(f"figures/{name}.svg", fingerprint(finding, __version__), content)
     page_text = page.write(store)
-    store.get("report.html", fingerprint(page_text), str, partial(_same, page_text))
+    store.keep("report.html", fingerprint(page_text), page_text)
     return "report.html"
 
 
@@ -124,7 +124,7 @@ def describe_run(job: Job, fitted: Fitted) -> None:
         lambda: {"texts": job.model.decode(fitted.direction.refusal_tokens)},
     )
     about["refusal_token_texts"] = texts["texts"]
-    job.store.get("run.json", fingerprint(to_json(about).decode()), dict, partial(_same, about))
+    job.store.keep("run.json", fingerprint(to_json(about).decode()), about)
 
 
 def refusal_notices(job: Job, finding: Finding | None) -> list[str]:
@@ -182,7 +182,7 @@ def _strengths(
             drawn = [other for other in chosen.sets if other.startswith("random-") and other.partition("-k")[2] == size]
             arms += [benchmark.scale_arm(chosen.sets[other], best, draw=_draw(other)) for other in drawn]
         factors[name] = best
-    job.store.get(STRENGTHS, fingerprint(factors), dict, partial(_same, factors))
+    job.store.keep(STRENGTHS, fingerprint(factors), factors)
     return arms, tried
 
 
@@ -270,8 +270,5 @@ def provenance(job: Job, fitted: Fitted, chosen: Chosen | None) -> dict[str, Any
 def keep_finding(job: Job, finding: Finding) -> Finding:
     """Write `findings/<study>.json`."""
     path = f"findings/{finding.study}.json"
-    return job.store.get(path, fingerprint(to_json(asdict(finding)).decode()), Finding, partial(_same, finding))
-
-
-def _same(value: Any) -> Any:
-    return value
+    job.store.keep(path, fingerprint(to_json(asdict(finding)).decode()), finding)
+    return finding

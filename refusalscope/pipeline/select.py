@@ -1,13 +1,13 @@
 """From a direction to feature sets: one pass over the SAEs, every set of method 4 chosen from what it read."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from refusalscope.core.scores import Attribution, Scores, Trace
-from refusalscope.core.types import Feature, FeatureSet, Prompts, SaeSlice
+from refusalscope.core.types import Feature, FeatureSet, Prompts, SaeSlice, layers_of
 from refusalscope.inputs.chat import scored
 from refusalscope.mechanism import attribution, direction, features
 from refusalscope.mechanism.attribution import Entries, LayerTotals, NodeCheck, Scheme
@@ -84,7 +84,7 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
     named = _named_sets(job, reading)
     sets = {name: made.features for name, made in named.items()} | _controls(job, reading, named)
     table = [row for name, made in named.items() for row in _table_rows(job, name, made)]
-    slices = job.saes.slices(union(sets.values()))
+    slices = job.saes.slices(layers_of(sets.values()))
     _describe(job, table, slices)
     for layer, part in slices.items():
         job.store.put(f"slices/layer_{layer}.safetensors", key, part)
@@ -105,8 +105,11 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
 
 def refused_prompts(job: Job, fitted: Fitted, rows: Prompts, *, size: int) -> Prompts:
     """The prompts whose first token refuses; all of them under --keep-unrefused."""
-    if job.options.keep_unrefused:
-        return rows
+    return rows if job.options.keep_unrefused else opening_refused(job, fitted, rows, size=size)
+
+
+def opening_refused(job: Job, fitted: Fitted, rows: Prompts, *, size: int) -> Prompts:
+    """The prompts whose first token refuses."""
     first = direction.first_tokens(job.model, rows, batch_size=size).argmax.tolist()
     return rows.keep(
         prompt for prompt, token in zip(rows.ids, first, strict=True) if token in fitted.direction.refusal_tokens
@@ -276,15 +279,6 @@ def _totals(reading: Reading, refused: Prompts, nodes: Sequence[NodeCheck]) -> d
         )
     checks = [{"nodes": check.nodes, "change": check.change} for check in nodes]
     return {"prompt_ids": list(refused.ids), "clusters": list(refused.clusters), "layers": layers, "nodes": checks}
-
-
-def union(sets: Iterable[FeatureSet]) -> dict[int, list[int]]:
-    """Layer -> the features of any of the sets, ascending."""
-    layers: dict[int, set[int]] = {}
-    for chosen in sets:
-        for layer, indices in chosen.by_layer().items():
-            layers.setdefault(layer, set()).update(indices)
-    return {layer: sorted(indices) for layer, indices in sorted(layers.items())}
 
 
 def _table_rows(job: Job, name: str, made: Choice) -> list[dict[str, Any]]:
