@@ -1,7 +1,9 @@
 """Sets the ground before refusalscope is imported: shapes and types are checked at run time, and nothing leaves."""
 
 import os
+from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -15,3 +17,10 @@ install_import_hook("refusalscope", "beartype.beartype")
 # A deadline would time the tests, and fail them where the machine is busy.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the session a hub cache of its own: huggingface_hub reads where it lies when it is first imported."""
+    home = TemporaryDirectory(prefix="hub-")
+    config.add_cleanup(home.cleanup)
+    os.environ["HF_HOME"] = home.name

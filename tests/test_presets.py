@@ -1,0 +1,109 @@
+"""Every preset with its own model class, tokenizer and SAE format, read from a hub cache by the real loaders."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from tests import hub, hub_models
+from tests.processes import ROOT
+
+LARGE = ("gemma-2-2b", "qwen-3.5-27b")
+"""Presets whose SAEs take gigabytes and many seconds to read, whatever they hold."""
+ONES = [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in hub.PRESETS]
+GEMMA_3 = [name for name in hub.PRESETS if name.startswith("gemma-3")]
+QUESTIONS = ("Explain how to frobnicate the zorb.", "What colour is a quen?")
+
+
+def loaded(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+
+def chat(tokenizer: Any, question: str) -> Any:
+    turn = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+@pytest.mark.parametrize("name", hub_models.REPOSITORIES)
+def test_models_load_by_name(name: str) -> None:
+    hub.model(Path(constants.HF_HUB_CACHE), name)
+    tokenizer, model = loaded(name)
+    repository = hub_models.REPOSITORIES[name]
+    shape = model.config.get_text_config()
+    assert (shape.num_hidden_layers, shape.hidden_size) == (repository.layers, repository.width)
+    ends = tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id)
+    assert tuple(ends) == hub_models.FAMILIES[repository.family].ends
+    chats = [chat(tokenizer, question) for question in QUESTIONS]
+    if tokenizer.bos_token_id is not None:
+        assert all(one.input_ids[0].tolist().count(tokenizer.bos_token_id) == 1 for one in chats)
+        assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    one, other = (model(**inputs).logits[0, -1] for inputs in chats)
+    assert one.isfinite().all()
+    assert (one - other).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("preset", [one for one in ONES if one.values[0] not in GEMMA_3])
+def test_saes_load_by_saelens(preset: str) -> None:
+    from sae_lens import SAE
+
+    served = hub.PRESETS[preset]
+    hub.fill(Path(constants.HF_HUB_CACHE), served)
+    sae: Any = SAE.from_pretrained(served.release, served.sae_id, dtype="float32")
+    assert sae.cfg.metadata.hook_name == f"blocks.{served.layer}.hook_resid_post"
+    tokenizer, model = loaded(served.model)
+    residual = model(**chat(tokenizer, QUESTIONS[0]), output_hidden_states=True).hidden_states[served.layer + 1]
+    active = (sae.encode(residual) > 0).float().mean()
+    assert 0 < active < 0.6
+
+
+def test_gemma_scope_2_reads_its_shapes_from_the_hub() -> None:
+    """SAELens asks for them even offline: the server answers."""
+    cache = Path(constants.HF_HUB_CACHE)
+    served = [hub.PRESETS[name] for name in GEMMA_3]
+    for one in served:
+        hub.fill(cache, one)
+    program = (
+        "import json, sys\nfrom sae_lens import SAE\n"
+        "saes = [SAE.from_pretrained(*one, dtype='float32') for one in json.loads(sys.argv[1])]\n"
+        "print(json.dumps([[sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.metadata.hook_name] for sae in saes]))\n"
+    )
+    with hub.served(cache) as address:
+        ended = python("-c", program, json.dumps([[one.release, one.sae_id] for one in served]), HF_ENDPOINT=address)
+    expected = [[32, hub.SMALL, f"blocks.{one.layer}.hook_resid_post"] for one in served]
+    assert json.loads(ended.stdout) == expected
+
+
+def test_an_empty_cache_is_filled_from_the_server(tmp_path: Path) -> None:
+    cache = Path(constants.HF_HUB_CACHE)
+    served = hub.PRESETS["gemma-3-270m"]
+    hub.fill(cache, served)
+    program = (
+        "import sys\nfrom sae_lens import SAE\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model, release, sae_id = sys.argv[1:]\n"
+        "AutoTokenizer.from_pretrained(model)\nAutoModelForCausalLM.from_pretrained(model)\n"
+        "SAE.from_pretrained(release, sae_id)\n"
+    )
+    online = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    with hub.served(cache) as address:
+        python("-c", program, served.model, served.release, served.sae_id, HF_ENDPOINT=address, **online)
+    fetched = {file.name for file in (tmp_path / "hub").glob("models--*/snapshots/*/**/*") if file.is_file()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "params.safetensors"} <= fetched
+
+
+def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A Python process of its own; its end must be good."""
+    return subprocess.run(
+        [sys.executable, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
