@@ -87,25 +87,66 @@ def chat_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
 
 
 def save_saes(
-    folder: Path, *, layers: int = 4, width: int = 32, size: int = 96, subtract: bool = True, seed: int = 0
+    folder: Path,
+    *,
+    layers: int = 4,
+    width: int = 32,
+    size: int = 96,
+    subtract: bool = True,
+    seed: int = 0,
+    family: str = "jumprelu",
+    normalise: str = "none",
 ) -> dict[int, Path]:
-    """One JumpReLU SAE per layer, written by SAELens in its own format."""
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-
+    """One SAE per layer, written by SAELens in its own format; `family` is one of `SAE_FAMILIES`."""
     folders = {}
     for layer in range(layers):
         generator = torch.Generator().manual_seed(seed * 100 + layer)
-        made = JumpReLUSAE(JumpReLUSAEConfig(d_in=width, d_sae=size, apply_b_dec_to_input=subtract, device="cpu"))
+        made = _empty_sae(
+            family, d_in=width, d_sae=size, apply_b_dec_to_input=subtract, normalize_activations=normalise
+        )
         decoder = torch.randn(size, width, generator=generator)
         decoder /= decoder.norm(dim=1, keepdim=True)
-        made.W_dec.data = decoder
         made.W_enc.data = (decoder.T + 0.1 * torch.randn(width, size, generator=generator)).contiguous()
-        made.b_enc.data = 0.1 * torch.randn(size, generator=generator)
+        bias = 0.1 * torch.randn(size, generator=generator)
         made.b_dec.data = 0.1 * torch.randn(width, generator=generator)
-        made.threshold.data = 0.2 + 0.3 * torch.rand(size, generator=generator)
+        threshold = 0.2 + 0.3 * torch.rand(size, generator=generator)
+        if family == "topk-rescaled":
+            decoder *= 0.5 + torch.rand(size, 1, generator=generator)
+        made.W_dec.data = decoder
+        if family == "gated":
+            made.b_gate.data, made.b_mag.data = bias - threshold, bias
+            made.r_mag.data = 0.3 * torch.randn(size, generator=generator)
+        else:
+            made.b_enc.data = bias
+        if family == "jumprelu":
+            made.threshold.data = threshold
         folders[layer] = folder / f"layer_{layer}"
-        made.save_model(str(folders[layer]))
+        if family in ("batchtopk", "matryoshka_batchtopk"):
+            made.topk_threshold.fill_(0.4)
+            made.save_inference_model(folders[layer])
+        else:
+            made.save_model(folders[layer])
     return folders
+
+
+SAE_FAMILIES: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "jumprelu": {},
+    "gated": {},
+    "topk": {"k": 8},
+    "topk-rescaled": {"k": 8, "rescale_acts_by_decoder_norm": True},
+    "batchtopk": {"k": 8.0},
+    "matryoshka_batchtopk": {"k": 8.0, "matryoshka_widths": [24, 48, 96]},
+}
+
+
+def _empty_sae(family: str, **config: Any) -> Any:
+    """SAELens's own class for a family; those that exist for training alone are saved as their inference twin."""
+    from sae_lens.registry import get_sae_class, get_sae_training_class
+
+    known = get_sae_training_class if "batchtopk" in family else get_sae_class
+    made, configuration = known(family.removesuffix("-rescaled"))
+    return made(configuration(**config, **SAE_FAMILIES[family], device="cpu"))
 
 
 def bank(folder: Path, **options: Any) -> SaeBank:
