@@ -36,7 +36,8 @@ def normalise(residual: Float[Tensor, "*batch d_model"], how: Normalisation) -> 
         return Normalised(residual, unit, zero)
     if how == "constant_norm_rescale":
         scale = residual.norm(dim=-1, keepdim=True) / residual.shape[-1] ** 0.5
-        return Normalised(residual / scale, scale, zero)
+        # Padding may be all zeros: SAELens makes it NaN, which would reach every token through attention.
+        return Normalised(residual / scale.clamp(min=1e-30), scale, zero)
     centre = residual.mean(-1, keepdim=True)
     scale = (residual - centre).std(-1, keepdim=True)
     # SAELens divides by s + epsilon, but multiplies by s alone when it decodes.

@@ -68,7 +68,11 @@ class LayerSae:
         """Activations of every feature in residual units: SAELens's own, times s(z)."""
         residual = residual.float().to(self.device)
         own = self.sae.encode(residual)
-        return own if self.normalisation == "none" else own * normalise(residual, self.normalisation).scale
+        if self.normalisation == "none":
+            return own
+        scale = normalise(residual, self.normalisation).scale
+        # SAELens makes a token of zeros NaN.
+        return torch.where(scale > 0, own * scale, 0.0)
 
     def decode(
         self, features: Float[Tensor, "*batch d_sae"], residual: Float[Tensor, "*batch d_model"]
