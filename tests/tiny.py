@@ -6,19 +6,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast
 
 from refusalscope.core.types import Direction, Prompt, Prompts
 from refusalscope.inputs.chat import ChatModel
 from refusalscope.inputs.saes import SaeBank
+from tests.families import language_model
 
 SPECIAL = ["<pad>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 TEMPLATE = (
@@ -34,18 +27,6 @@ TEXTS = [
     "Write a poem about trains that leave at night and come back in the morning.",
 ]
 FAMILIES = ("gemma2", "llama", "qwen2")
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 320,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 3,
-    "pad_token_id": 0,
-}
 
 
 def tokenizer(template: str | None = TEMPLATE) -> Any:
@@ -62,22 +43,6 @@ def tokenizer(template: str | None = TEMPLATE) -> Any:
     fast.add_special_tokens({"additional_special_tokens": ["<start_of_turn>"]})
     fast.chat_template = template
     return fast
-
-
-def language_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal language model with random weights, large enough that its layers matter."""
-    torch.manual_seed(seed)
-    made: Any
-    if family == "gemma2":
-        made = Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=16, sliding_window=8, query_pre_attn_scalar=16))
-    elif family == "llama":
-        made = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False))
-    else:
-        made = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
-    for parameter in made.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(5)
-    return made.to(dtype).eval()
 
 
 def chat_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> ChatModel:

@@ -214,7 +214,7 @@ class Response:
     prompt_id: str
     text: str
     first_token: int | None
-    """The first token generated; None when the answer was empty."""
+    """The first token of the answer; None when it was empty."""
     tokens: int
     """Tokens generated, end of turn included."""
     finish: Literal["end", "length"]
@@ -222,6 +222,8 @@ class Response:
     """Judge -> score; NaN is unscored."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Judge -> why it gave that score, or why it gave none."""
+    reasoning: str = ""
+    """What a reasoning model wrote before its answer, markers excluded."""
 
 
 @dataclass(frozen=True)

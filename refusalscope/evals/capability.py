@@ -121,7 +121,7 @@ def _answered(
 ) -> Iterator[Tokens]:
     usable = prompts.keep(p.id for p in prompts if answers[p.id].text.strip())
     for start in range(0, len(usable), batch_size):
-        yield model.tokens(usable[start : start + batch_size], answers).to(model.device)
+        yield model.answer_tokens(usable[start : start + batch_size], answers).to(model.device)
 
 
 def _targets(tokens: Tokens) -> tuple[Bool[Tensor, "prompt kept"], Int[Tensor, "prompt kept"], int]:
