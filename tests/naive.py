@@ -25,6 +25,14 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
+def in_residual_units(sae: Any, residual: Tensor) -> Tensor:
+    """SAELens's activations, times what its own decoding multiplies by, read off the state it keeps in between."""
+    own = sae.encode(residual)
+    if sae.cfg.normalize_activations == "constant_norm_rescale":
+        return (own / sae.x_norm_coeff).nan_to_num()  # padding is all zeros, which SAELens makes NaN
+    return own * sae.ln_std if sae.cfg.normalize_activations == "layer_norm" else own
+
+
 class Naive(NamedTuple):
     """Layer -> [prompt, position, d_sae]."""
 
@@ -47,6 +55,7 @@ def attribute(
 ) -> Naive:
     """`layers` are the model's decoder layers, `saes` SAELens objects, `metric` the tokens (j, r) of each prompt.
 
+    What features do not carry is `z - F W_dec`: the SAE's error, and what it adds whatever its features.
     Published (`ends_after_removal` False): features of the residual after the layer's removal, their error term taken
     from the residual before it.
     """
@@ -83,9 +92,9 @@ def attribute(
     clean_residual, _ = capture(False)
     before_removal, patched_residual = capture(True)
     end = patched_residual if ends_after_removal else before_removal
-    clean = {layer: saes[layer].encode(clean_residual[layer]) for layer in saes}
-    patched = {layer: saes[layer].encode(patched_residual[layer]) for layer in saes}
-    patched_error = {layer: end[layer] - saes[layer].decode(patched[layer]) for layer in saes}
+    clean = {layer: in_residual_units(saes[layer], clean_residual[layer]) for layer in saes}
+    patched = {layer: in_residual_units(saes[layer], patched_residual[layer]) for layer in saes}
+    patched_rest = {layer: end[layer] - patched[layer] @ saes[layer].W_dec for layer in saes}
     total = {layer: torch.zeros_like(clean_residual[layer]) for layer in saes}
     for node, weight in zip(nodes, weights, strict=True):
         outputs: dict[int, Tensor] = {}
@@ -95,10 +104,10 @@ def attribute(
                 return residual
             if not residual.requires_grad:
                 residual = residual.requires_grad_(True)
-            features = saes[layer].encode(residual)
-            error = residual - saes[layer].decode(features)
-            mixed = saes[layer].decode((1 - node) * features + node * patched[layer])
-            mixed = mixed + (1 - node) * error + node * patched_error[layer]
+            features = in_residual_units(saes[layer], residual)
+            rest = residual - features @ saes[layer].W_dec
+            mixed = ((1 - node) * features + node * patched[layer]) @ saes[layer].W_dec
+            mixed = mixed + (1 - node) * rest + node * patched_rest[layer]
             outputs[layer] = _StraightThrough.apply(residual, mixed.detach())  # type: ignore[assignment]
             outputs[layer].retain_grad()
             return outputs[layer]

@@ -78,7 +78,7 @@ def test_health_equals_its_definition(model: ChatModel, tmp_path: Path) -> None:
     residual = model.run(tokens, keep=[1]).residuals[1]
     sae = saes.layer(1)
     kept = residual[spliced]
-    explained = 1 - (kept - sae.decode(sae.encode(kept))).square().sum() / (kept - kept.mean(0)).square().sum()
+    explained = 1 - (kept - sae.reconstruct(kept)).square().sum() / (kept - kept.mean(0)).square().sum()
     weights = torch.tensor(measured.variance)
     total = float((torch.tensor(measured.variance_explained) * weights).sum() / weights.sum())
     assert total == pytest.approx(float(explained), abs=1e-4)
@@ -90,7 +90,7 @@ def test_health_equals_its_definition(model: ChatModel, tmp_path: Path) -> None:
         return float(-picked[tokens.roles[:, 1:] == Role.RESPONSE].sum())
 
     clean, zero = cross_entropy(None), cross_entropy(torch.zeros_like(residual))
-    recovered = (zero - cross_entropy(sae.decode(sae.encode(residual)))) / (zero - clean)
+    recovered = (zero - cross_entropy(sae.reconstruct(residual))) / (zero - clean)
     gaps = torch.tensor(measured.cross_entropy_gap)
     found = float((torch.tensor(measured.cross_entropy_recovered) * gaps).sum() / gaps.sum())
     assert found == pytest.approx(recovered, rel=1e-3, abs=1e-3)

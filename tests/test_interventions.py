@@ -98,13 +98,15 @@ def _equals_decoding(
     residual = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(layer))
     sae = saes.layer(layer)
     features = sae.encode(residual)
-    error = residual - sae.decode(features)
+    error = residual - sae.decode(features, residual)
     edited = features.clone()
     edited[..., sorted(chosen)] = change(features[..., sorted(chosen)])
     wanted = FeatureSet("test", tuple(Feature(layer, i) for i in sorted(chosen)), (1.0,) * len(chosen))
     made = editor(intervention(wanted), layers=4, slices=saes.slices(wanted.by_layer()))
     batch = Batch(("a", "b"), torch.full((2, 5), int(Role.INSTRUCTION)))
-    torch.testing.assert_close(made.edits[layer](residual, batch), sae.decode(edited) + error, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        made.edits[layer](residual, batch), sae.decode(edited, residual) + error, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["remove", "affine", "add", "scale", "per prompt", "set", "together"])

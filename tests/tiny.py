@@ -6,19 +6,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast
 
 from refusalscope.core.types import Direction, Prompt, Prompts
 from refusalscope.inputs.chat import ChatModel
 from refusalscope.inputs.saes import SaeBank
+from tests.families import language_model
 
 SPECIAL = ["<pad>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 TEMPLATE = (
@@ -34,18 +27,6 @@ TEXTS = [
     "Write a poem about trains that leave at night and come back in the morning.",
 ]
 FAMILIES = ("gemma2", "llama", "qwen2")
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 320,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 3,
-    "pad_token_id": 0,
-}
 
 
 def tokenizer(template: str | None = TEMPLATE) -> Any:
@@ -64,22 +45,6 @@ def tokenizer(template: str | None = TEMPLATE) -> Any:
     return fast
 
 
-def language_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal language model with random weights, large enough that its layers matter."""
-    torch.manual_seed(seed)
-    made: Any
-    if family == "gemma2":
-        made = Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=16, sliding_window=8, query_pre_attn_scalar=16))
-    elif family == "llama":
-        made = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False))
-    else:
-        made = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
-    for parameter in made.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(5)
-    return made.to(dtype).eval()
-
-
 def chat_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> ChatModel:
     return ChatModel(
         language_model(family, seed=seed, dtype=dtype), tokenizer(), name=f"tiny-{family}", identity=f"{family}-{seed}"
@@ -87,25 +52,66 @@ def chat_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
 
 
 def save_saes(
-    folder: Path, *, layers: int = 4, width: int = 32, size: int = 96, subtract: bool = True, seed: int = 0
+    folder: Path,
+    *,
+    layers: int = 4,
+    width: int = 32,
+    size: int = 96,
+    subtract: bool = True,
+    seed: int = 0,
+    family: str = "jumprelu",
+    normalise: str = "none",
 ) -> dict[int, Path]:
-    """One JumpReLU SAE per layer, written by SAELens in its own format."""
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-
+    """One SAE per layer, written by SAELens in its own format; `family` is one of `SAE_FAMILIES`."""
     folders = {}
     for layer in range(layers):
         generator = torch.Generator().manual_seed(seed * 100 + layer)
-        made = JumpReLUSAE(JumpReLUSAEConfig(d_in=width, d_sae=size, apply_b_dec_to_input=subtract, device="cpu"))
+        made = _empty_sae(
+            family, d_in=width, d_sae=size, apply_b_dec_to_input=subtract, normalize_activations=normalise
+        )
         decoder = torch.randn(size, width, generator=generator)
         decoder /= decoder.norm(dim=1, keepdim=True)
-        made.W_dec.data = decoder
         made.W_enc.data = (decoder.T + 0.1 * torch.randn(width, size, generator=generator)).contiguous()
-        made.b_enc.data = 0.1 * torch.randn(size, generator=generator)
+        bias = 0.1 * torch.randn(size, generator=generator)
         made.b_dec.data = 0.1 * torch.randn(width, generator=generator)
-        made.threshold.data = 0.2 + 0.3 * torch.rand(size, generator=generator)
+        threshold = 0.2 + 0.3 * torch.rand(size, generator=generator)
+        if family == "topk-rescaled":
+            decoder *= 0.5 + torch.rand(size, 1, generator=generator)
+        made.W_dec.data = decoder
+        if family == "gated":
+            made.b_gate.data, made.b_mag.data = bias - threshold, bias
+            made.r_mag.data = 0.3 * torch.randn(size, generator=generator)
+        else:
+            made.b_enc.data = bias
+        if family == "jumprelu":
+            made.threshold.data = threshold
         folders[layer] = folder / f"layer_{layer}"
-        made.save_model(str(folders[layer]))
+        if family in ("batchtopk", "matryoshka_batchtopk"):
+            made.topk_threshold.fill_(0.4)
+            made.save_inference_model(folders[layer])
+        else:
+            made.save_model(folders[layer])
     return folders
+
+
+SAE_FAMILIES: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "jumprelu": {},
+    "gated": {},
+    "topk": {"k": 8},
+    "topk-rescaled": {"k": 8, "rescale_acts_by_decoder_norm": True},
+    "batchtopk": {"k": 8.0},
+    "matryoshka_batchtopk": {"k": 8.0, "matryoshka_widths": [24, 48, 96]},
+}
+
+
+def _empty_sae(family: str, **config: Any) -> Any:
+    """SAELens's own class for a family; those that exist for training alone are saved as their inference twin."""
+    from sae_lens.registry import get_sae_class, get_sae_training_class
+
+    known = get_sae_training_class if "batchtopk" in family else get_sae_class
+    made, configuration = known(family.removesuffix("-rescaled"))
+    return made(configuration(**config, **SAE_FAMILIES[family], device="cpu"))
 
 
 def bank(folder: Path, **options: Any) -> SaeBank:

@@ -225,7 +225,7 @@ def _read_scores(content: bytes) -> Scores:
 
 def _read_slice(content: bytes) -> SaeSlice:
     tensors, rest = _read_tensors(content)
-    return SaeSlice(layer=rest["layer"], **tensors)
+    return SaeSlice(**{**rest, **tensors})
 
 
 def _write_features(value: FeatureSet) -> bytes:

@@ -5,12 +5,14 @@ No weights, no models, no files. A stage takes nouns and machines and returns no
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from refusalscope.core.encoding import Normalisation, among_largest, jump_relu, normalise
 
 Label = Literal["harmful", "harmless", "look-alike"]
 NaN = float("nan")
@@ -161,21 +163,36 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class SaeSlice:
-    """The encoder columns and decoder rows of K features of one layer: all that an edit needs, float32."""
+    """K features of one layer's SAE: all that an edit needs, float32. A gated SAE's are written as JumpReLU."""
 
     layer: int
     features: Int[Tensor, "k"]
-    encoder: Float[Tensor, "d_model k"]
-    bias: Float[Tensor, "k"]
+    encoder: Float[Tensor, "d_model encoded"]
+    """The K columns; all d_sae of them where `active` is set, because then features compete."""
+    bias: Float[Tensor, "encoded"]
     """Encoder bias with any subtraction of the decoder bias folded in."""
     threshold: Float[Tensor, "k"]
-    """JumpReLU threshold (0 for ReLU)."""
+    """JumpReLU threshold (0 for ReLU and TopK), in the SAE's own units."""
     decoder: Float[Tensor, "k d_model"]
+    """What one residual unit of each feature adds to the residual stream."""
+    active: int | None = None
+    """TopK: how many of all features may be active at a token; None: each feature decides for itself."""
+    normalisation: Normalisation = "none"
 
     def encode(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch k"]:
-        """Feature activations in residual units: JumpReLU of the K pre-activations (Rajamanoharan et al. 2024)."""
-        before = residual.float() @ self.encoder + self.bias
-        return before.relu() * (before > self.threshold)
+        """Feature activations in residual units."""
+        return self.encode_own(residual) * self.scale(residual)
+
+    def encode_own(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch k"]:
+        """Feature activations in the SAE's own units."""
+        z = normalise(residual, self.normalisation).inputs
+        if self.active is None:
+            return jump_relu(z @ self.encoder + self.bias, self.threshold)
+        return jump_relu(among_largest(z, self.encoder, self.bias, self.features, self.active), self.threshold)
+
+    def scale(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
+        """Residual units per unit of the SAE's own, at each token."""
+        return normalise(residual, self.normalisation).scale
 
     def take(self, wanted: Sequence[int]) -> "SaeSlice":
         """The part of the slice that holds these feature indices. Raises ValueError when one is not in it."""
@@ -183,13 +200,11 @@ class SaeSlice:
         if missing := sorted(set(wanted) - set(held)):
             raise ValueError(f"the slice of layer {self.layer} does not hold features {missing}")
         at = torch.tensor([held.index(feature) for feature in wanted], dtype=torch.long)
-        return SaeSlice(
-            self.layer, self.features[at], self.encoder[:, at], self.bias[at], self.threshold[at], self.decoder[at]
-        )
+        part = replace(self, features=self.features[at], threshold=self.threshold[at], decoder=self.decoder[at])
+        return part if self.active else replace(part, encoder=self.encoder[:, at], bias=self.bias[at])
 
     def to(self, device: torch.device) -> "SaeSlice":
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "layer"}
-        return replace(self, **moved)
+        return replace(self, **{name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)})
 
 
 @dataclass(frozen=True)
@@ -199,7 +214,7 @@ class Response:
     prompt_id: str
     text: str
     first_token: int | None
-    """The first token generated; None when the answer was empty."""
+    """The first token of the answer; None when it was empty."""
     tokens: int
     """Tokens generated, end of turn included."""
     finish: Literal["end", "length"]
@@ -207,6 +222,8 @@ class Response:
     """Judge -> score; NaN is unscored."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Judge -> why it gave that score, or why it gave none."""
+    reasoning: str = ""
+    """What a reasoning model wrote before its answer, markers excluded."""
 
 
 @dataclass(frozen=True)

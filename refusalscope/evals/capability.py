@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from refusalscope.core.encoding import CHUNK
 from refusalscope.core.types import Prompts, Response, SaeSlice
 from refusalscope.inputs.chat import Batch, ChatModel, Edit, Edits, Tokens
 from refusalscope.inputs.saes import LayerSae, SaeBank
@@ -97,7 +98,7 @@ def health(
     for done, layer in enumerate(saes.layers):
         progress("SAE health", done, len(saes.layers))
         sae = saes.layer(layer)
-        spliced = _cross_entropies(model, batches, {layer: _splice(lambda z, s=sae: s.decode(s.encode(z)))})
+        spliced = _cross_entropies(model, batches, {layer: _splice(sae.reconstruct)})
         zero = _cross_entropies(model, batches, {layer: _splice(torch.zeros_like)})
         quality = _reconstruction(model, sae, batches)
         recovered = (zero - spliced) / (zero - clean)
@@ -120,7 +121,7 @@ def _answered(
 ) -> Iterator[Tokens]:
     usable = prompts.keep(p.id for p in prompts if answers[p.id].text.strip())
     for start in range(0, len(usable), batch_size):
-        yield model.tokens(usable[start : start + batch_size], answers).to(model.device)
+        yield model.answer_tokens(usable[start : start + batch_size], answers).to(model.device)
 
 
 def _targets(tokens: Tokens) -> tuple[Bool[Tensor, "prompt kept"], Int[Tensor, "prompt kept"], int]:
@@ -163,15 +164,20 @@ def _reconstruction(model: ChatModel, sae: LayerSae, batches: Sequence[Tokens]) 
         residual = model.run(tokens, keep=[sae.layer]).residuals[sae.layer].float()
         kept += [chat[inside] for chat, inside in zip(residual, _spliced(tokens.roles).cpu(), strict=True)]
     centre = torch.cat(kept).double().mean(0)
-    sums = []
-    for residual in kept:
-        features = sae.encode(residual)
-        error = (residual - sae.decode(features).cpu()).double().square().sum()
-        spread = (residual.double() - centre).square().sum()
-        sums.append(
-            torch.stack([error, spread, (features > 0).sum().double().cpu(), torch.tensor(float(len(residual)))])
-        )
-    return _Quality(*torch.stack(sums).double().unbind(1))
+    sums = [torch.stack([_sums(sae, part, centre) for part in chat.split(CHUNK)]).sum(0) for chat in kept]
+    return _Quality(*torch.stack(sums).unbind(1))
+
+
+def _sums(
+    sae: LayerSae, residual: Float[Tensor, "token d_model"], centre: Float64[Tensor, "d_model"]
+) -> Float64[Tensor, "4"]:
+    """Error, variance, active features and tokens of a part of a chat."""
+    features = sae.encode(residual)
+    error = (residual - sae.decode(features, residual).cpu()).double().square().sum()
+    spread = (residual.double() - centre).square().sum()
+    return torch.stack(
+        [error, spread, (features > 0).sum().double().cpu(), torch.tensor(float(len(residual))).double()]
+    )
 
 
 def _spliced(roles: Int[Tensor, "prompt position"]) -> Bool[Tensor, "prompt position"]:

@@ -6,17 +6,19 @@ receive gradients; a graph exists only where an edit brings a tensor that requir
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from refusalscope.core.types import Prompts, Response
-from refusalscope.inputs.template import ChatTemplate, Role
+from refusalscope.inputs import loading
+from refusalscope.inputs.loading import Bits, DeviceMap, DType, Placement, find_layers
+from refusalscope.inputs.loading import choose_device as choose_device  # where this stood before
+from refusalscope.inputs.template import ChatStyle, ChatTemplate, Role, Thinking
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,15 @@ class Tokens:
     ids: Int[Tensor, "prompt position"]
     roles: Int[Tensor, "prompt position"]
     """A `Role` per position."""
+    thinking: Thinking = "off"
+    """Whether the model is to reason before it answers these."""
 
     @property
     def mask(self) -> Bool[Tensor, "prompt position"]:
         return self.roles != Role.PADDING
 
     def to(self, device: torch.device | str) -> "Tokens":
-        return Tokens(self.prompt_ids, self.ids.to(device), self.roles.to(device))
+        return replace(self, ids=self.ids.to(device), roles=self.roles.to(device))
 
 
 class Batch(NamedTuple):
@@ -43,6 +47,9 @@ class Batch(NamedTuple):
     """One per row."""
     roles: Int[Tensor, "prompt position"]
     """One per position; a row that has ended its turn is padding from then on."""
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._replace(roles=self.roles.to(device))
 
 
 def scored(roles: Int[Tensor, "*batch position"]) -> Bool[Tensor, "*batch position"]:
@@ -70,14 +77,14 @@ class ChatModel:
     `identity` goes into cache keys: it must change whenever the weights do.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str, identity: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, identity: str, style: ChatStyle | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.identity = identity
-        self.template = ChatTemplate(tokenizer, name)
+        self.template = ChatTemplate(tokenizer, name, style)
         self.layers = find_layers(model, name)
-        self.end_tokens = _end_tokens(model, tokenizer)
+        self.end_of_turn, self.end_tokens = loading.end_tokens(model, tokenizer, self.template.end_of_turn)
         self.pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_tokens[0]
         # Penalties and sampling defaults a checkpoint ships would break greedy decoding; only its end tokens stay.
         model.generation_config = type(model.generation_config)(
@@ -85,26 +92,37 @@ class ChatModel:
         )
 
     @classmethod
-    def load(cls, source: str | Path, *, name: str, identity: str, device: str = "auto") -> "ChatModel":
-        """Load from a folder or a hub name. float32 on the CPU, the checkpoint's own type on an accelerator.
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        name: str,
+        identity: str,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: DType = "auto",
+        quantize: Bits | None = None,
+        device_map: DeviceMap | None = None,
+        offload_folder: str | Path | None = None,
+        style: ChatStyle | None = None,
+        trust_remote_code: bool = False,
+    ) -> "ChatModel":
+        """Load from a folder or a hub name, at `revision`; what the rest means says `Placement`.
 
-        Raises ValueError with one line when there is no such model, or it is not a causal language model.
+        Raises ValueError with one line when there is no such model, it is not a causal language model, or what was
+        asked for is not installed or not there.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        chosen = choose_device(device)
-        dtype = torch.float32 if chosen == "cpu" else "auto"
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"cannot load {name} as a causal language model: {str(error).splitlines()[0]}") from error
-        model.to(device=chosen)  # type: ignore[reportCallIssue]
-        return cls(model, tokenizer, name=name, identity=identity)
+        placement = Placement(device, dtype, quantize, device_map, offload_folder)
+        model, tokenizer = loading.load(
+            source, name=name, revision=revision, placement=placement, trust_remote_code=trust_remote_code
+        )
+        return cls(model, tokenizer, name=name, identity=identity, style=style)
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """Where tokens go in and logits come out; offloaded weights are nowhere until they are needed."""
+        held = (weight.device for weight in self.model.get_decoder().parameters() if weight.device.type != "meta")
+        return next(held, torch.device("cpu"))
 
     @property
     def width(self) -> int:
@@ -121,21 +139,34 @@ class ChatModel:
         return [prompt.id for prompt in prompts if len(self.template.encode(prompt.text).ids) > limit]
 
     def tokens(self, prompts: Prompts, responses: Mapping[str, Response] | None = None) -> Tokens:
-        """Render and left-pad `prompts`; with `responses` (by prompt id) each is followed by its answer."""
+        """Render and left-pad `prompts`; with `responses` (by prompt id) each is followed by its answer.
+
+        Reasoning is skipped: what follows a prompt is the first token of its answer.
+        """
+        return self._tokens(prompts, responses, "off")
+
+    def answer_tokens(self, prompts: Prompts, responses: Mapping[str, Response] | None = None) -> Tokens:
+        """The same in the mode answers are given in: what a model lets be known of its reasoning is part of them."""
+        return self._tokens(prompts, responses, self.template.style.thinking)
+
+    def _tokens(self, prompts: Prompts, responses: Mapping[str, Response] | None, thinking: Thinking) -> Tokens:
         rows = []
         for prompt in prompts:
-            ids, roles = self.template.encode(prompt.text)
+            ids, roles = self.template.encode(prompt.text, thinking=thinking)
             if responses is not None:
-                response = responses[prompt.id]
-                end = self.end_tokens[0] if response.finish == "end" else None
-                answer = self.template.encode_response(response.text, end)
+                answer = self._answer(responses[prompt.id], thinking)
                 ids, roles = [*ids, *answer], [*roles, *[int(Role.RESPONSE)] * len(answer)]
             rows.append((ids, roles))
         width = max((len(ids) for ids, _ in rows), default=0)
         padded = [[self.pad_token] * (width - len(ids)) + ids for ids, _ in rows]
         roles = [[int(Role.PADDING)] * (width - len(ids)) + roles for ids, roles in rows]
-        shape = (len(rows), width)
-        return Tokens(prompts.ids, torch.tensor(padded).long().view(shape), torch.tensor(roles).long().view(shape))
+        ids, kinds = (torch.tensor(part).long().view(len(rows), width) for part in (padded, roles))
+        return Tokens(prompts.ids, ids, kinds, thinking)
+
+    def _answer(self, response: Response, thinking: Thinking) -> list[int]:
+        before = self.template.encode_reasoning(response) if thinking == "on" else []
+        end = self.end_of_turn if response.finish == "end" else None
+        return [*before, *self.template.encode_response(response.text, end)]
 
     def batches(self, prompts: Prompts, size: int) -> Iterator[tuple[Prompts, Tokens]]:
         """Consecutive batches in prompt order, each padded to its own longest chat."""
@@ -188,7 +219,8 @@ class ChatModel:
                 stopping_criteria=StoppingCriteriaList([ends]),
             )
         answers = output[:, tokens.ids.shape[1] :].tolist()
-        return tuple(self._response(name, ids) for name, ids in zip(tokens.prompt_ids, answers, strict=True))
+        pairs = zip(tokens.prompt_ids, answers, strict=True)
+        return tuple(self._response(name, ids, tokens.thinking) for name, ids in pairs)
 
     def decode(self, tokens: Sequence[int]) -> list[str]:
         """The text of each single token."""
@@ -196,19 +228,24 @@ class ChatModel:
 
     def promoted(self, vectors: Float[Tensor, "vector d_model"], k: int) -> list[list[str]]:
         """The `k` tokens that each residual vector raises most through the unembedding."""
-        head = self.model.get_output_embeddings().weight
-        scores = vectors.to(head) @ head.T
+        head = self.model.get_output_embeddings()
+        # Asked as a module, since its weights may lie elsewhere until they are needed; a bias promotes nothing itself.
+        with torch.no_grad():
+            scores = head(vectors.to(self.device, head.weight.dtype))
+            scores = scores if getattr(head, "bias", None) is None else scores - head.bias.to(scores)
         return [self.decode(row) for row in scores.topk(k).indices.tolist()]
 
-    def _response(self, prompt_id: str, ids: list[int]) -> Response:
+    def _response(self, prompt_id: str, ids: list[int], thinking: Thinking) -> Response:
         stop = next((i for i, token in enumerate(ids) if token in self.end_tokens), None)
-        answer = ids if stop is None else ids[:stop]
+        said = ids if stop is None else ids[:stop]
+        reasoning, answer = self.template.split(said) if thinking == "on" else ("", said)
         return Response(
             prompt_id=prompt_id,
             text=self.tokenizer.decode(answer, skip_special_tokens=True),
-            first_token=ids[0] if answer else None,
+            first_token=answer[0] if answer else None,
             tokens=len(ids) if stop is None else stop + 1,
             finish="length" if stop is None else "end",
+            reasoning=reasoning,
         )
 
     @contextmanager
@@ -229,7 +266,7 @@ class ChatModel:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
                 residual = output[0] if isinstance(output, tuple) else output
                 if layer in edits:
-                    residual = edits[layer](residual, batch_for(residual.shape[1]))
+                    residual = edits[layer](residual, batch_for(residual.shape[1]).to(residual.device))
                 if layer in keep:
                     residuals[layer] = residual.detach().cpu()
                 return (residual, *output[1:]) if isinstance(output, tuple) else residual
@@ -259,38 +296,3 @@ class _EndOfTurn:
             return Batch(tokens.prompt_ids, tokens.roles)
         roles = torch.where(self.ended, int(Role.PADDING), int(Role.RESPONSE))
         return Batch(tokens.prompt_ids, roles[:, None].expand(-1, width))
-
-
-def find_layers(model: Any, name: str) -> nn.ModuleList:
-    """The decoder layers of the text stack, found by structure: the one list of `num_hidden_layers` modules."""
-    count = model.config.get_text_config().num_hidden_layers
-    found: dict[str, nn.ModuleList] = {}
-    for path, module in model.get_decoder().named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
-            found[path] = module
-    if len(found) != 1:
-        raise ValueError(
-            f"{name}: looked for one list of {count} decoder layers in {type(model).__name__}, found {sorted(found)}"
-        )
-    return next(iter(found.values()))
-
-
-def choose_device(device: str) -> str:
-    """`auto` is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return "cuda" if available["cuda"] else "cpu"
-    if not available.get(device, False):
-        usable = [name for name, there in available.items() if there]
-        raise ValueError(f"device {device!r} is not available here: choose one of {', '.join(['auto', *usable])}")
-    return device
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    configured = model.generation_config.eos_token_id
-    ends = configured if isinstance(configured, list) else [] if configured is None else [configured]
-    ends = [*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
-    if not ends:
-        raise ValueError("the model names no end-of-turn token in generation_config.json or its tokenizer")
-    return list(dict.fromkeys(int(token) for token in ends))

@@ -1,9 +1,10 @@
 """Sparse autoencoders on the residual stream, one layer in memory at a time.
 
-SAELens reads the weights; everything an edit or an attribution needs (encoding, K-column slices, decoder rows) is
-offered here in residual units. Knows nothing of the model but its width.
+SAELens reads the weights and encodes; everything an edit or an attribution needs (encoding, decoding, K-feature slices)
+is offered here in residual units (`core/encoding.py`), whatever the family. Knows nothing of the model but its width.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,20 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 
+from refusalscope.core.encoding import CHUNK, Normalisation, normalise
 from refusalscope.core.types import SaeSlice
 
-ELEMENTWISE = ("standard", "jumprelu")
+FAMILIES = ("standard", "jumprelu", "gated", "topk")
+"""By SAELens's names. Batch top-k and matryoshka SAEs are saved as jumprelu."""
+PER_TOKEN: dict[str, Normalisation] = {"constant_norm_rescale": "constant_norm_rescale", "layer_norm": "layer_norm"}
+IN_WEIGHTS = ("expected_average_only_in", "covariance_whitening")
+"""Normalisations whose factor belongs into the weights: an SAE that still names one came without it."""
+AFTER_LAYER = re.compile(r"blocks\.(\d+)\.hook_resid_post|(?:model\.|language_model\.){1,3}layers\.(\d+)(?:\.output)?")
+"""How the residual stream after a layer is spelled, by TransformerLens and by Hugging Face."""
 
 
 class LayerSae:
-    """The SAE of one layer: `encode` and `decode` are SAELens's own, `slice` is the part an edit needs."""
+    """The SAE of one layer. Activations are in residual units: `z = F W_dec + rest`, a decoder row is what one adds."""
 
     def __init__(self, layer: int, sae: Any) -> None:
         self.layer = layer
@@ -43,21 +51,67 @@ class LayerSae:
     def decoder(self) -> Float[Tensor, "d_sae d_model"]:
         return self.sae.W_dec
 
-    def encode(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
-        return self.sae.encode(residual.float().to(self.device))
+    @property
+    def normalisation(self) -> Normalisation:
+        """What happens to each token before it is encoded."""
+        return PER_TOKEN.get(self.sae.cfg.normalize_activations, "none")
 
-    def decode(self, features: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_model"]:
-        return self.sae.decode(features)
+    @property
+    def note(self) -> str:
+        """What a reader must know of how this SAE is read; empty where there is nothing to say."""
+        scaling = self.sae.cfg.normalize_activations
+        if scaling not in IN_WEIGHTS:
+            return ""
+        return f"was trained on activations normalised by {scaling!r}, came without that factor, and is read unscaled"
+
+    def encode(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """Activations of every feature in residual units: SAELens's own, times s(z)."""
+        residual = residual.float().to(self.device)
+        own = self.sae.encode(residual)
+        if self.normalisation == "none":
+            return own
+        scale = normalise(residual, self.normalisation).scale
+        # SAELens makes a token of zeros NaN.
+        return torch.where(scale > 0, own * scale, 0.0)
+
+    def decode(
+        self, features: Float[Tensor, "*batch d_sae"], residual: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """`F W_dec + s(z) b_dec + mu(z)`: what the SAE makes of features, with the normalisation of `residual`."""
+        z = normalise(residual.to(self.device), self.normalisation)
+        return features @ self.decoder + z.scale * self.sae.b_dec + z.centre
+
+    def reconstruct(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What the SAE makes of its input, a chunk of tokens at a time."""
+        parts = residual.reshape(-1, residual.shape[-1]).split(CHUNK)
+        return torch.cat([self.decode(self.encode(part), part) for part in parts]).view(residual.shape)
 
     def slice(self, features: Sequence[int]) -> SaeSlice:
-        """Encoder columns, biases, thresholds and decoder rows of `features`, on the CPU, exact in float32."""
-        index = torch.tensor(list(features), dtype=torch.long)
-        encoder = self.sae.W_enc.cpu()[:, index].float()
-        bias = self.sae.b_enc.cpu()[index].float()
+        """What an edit of `features` needs, on the CPU, exact in float32."""
+        return self.here(features).to(torch.device("cpu"))
+
+    def here(self, features: Sequence[int]) -> SaeSlice:
+        """The slice of `features`, where the SAE is."""
+        index = torch.tensor(list(features), dtype=torch.long, device=self.device)
+        active = int(self.sae.cfg.k) if self.sae.cfg.architecture() == "topk" else None
+        # With TopK the other features decide whether one is active: all columns are held.
+        columns = index if active is None else slice(None)
+        encoder, bias, threshold = self._read(columns)
         if self.sae.cfg.apply_b_dec_to_input:
-            bias = bias - self.sae.b_dec.cpu().float() @ encoder
-        threshold = self.sae.threshold.cpu()[index] if hasattr(self.sae, "threshold") else torch.zeros(len(index))
-        return SaeSlice(self.layer, index, encoder, bias, threshold.float(), self.sae.W_dec.cpu()[index].float())
+            bias = bias - self.sae.b_dec @ encoder
+        own = threshold[index] if active is not None else threshold
+        return SaeSlice(self.layer, index, encoder, bias, own, self.decoder[index].detach(), active, self.normalisation)
+
+    def _read(self, columns: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Encoder, bias and threshold of these columns, the family aside."""
+        encoder = self.sae.W_enc.detach()[:, columns]
+        if self.sae.cfg.architecture() != "gated":
+            bias = self.sae.b_enc.detach()[columns]
+            found = getattr(self.sae, "threshold", None)
+            return encoder, bias, torch.zeros_like(bias) if found is None else found.detach()[columns]
+        # The gate is the sign of x W + b_gate, the size x W exp(r) + b_mag: one pre-activation, compared with another.
+        gain, bias = self.sae.r_mag[columns].exp(), self.sae.b_mag.detach()[columns]
+        return encoder * gain, bias, bias - self.sae.b_gate[columns] * gain
 
 
 class SaeBank:
@@ -83,7 +137,7 @@ class SaeBank:
             raise ValueError(f"layer {layer} has no SAE: SAEs exist for layers {list(self.layers)}")
         if self._open is None or self._open.layer != layer:
             self._open = None
-            self._open = LayerSae(layer, _supported(self._loaders[layer](), layer))
+            self._open = LayerSae(layer, _prepared(self._loaders[layer](), layer))
         return self._open
 
     def check(self, width: int, name: str) -> None:
@@ -113,10 +167,37 @@ def _folder_loader(folder: Path, device: str) -> Callable[[], Any]:
     return load
 
 
-def _supported(sae: Any, layer: int) -> Any:
-    family, scaling = sae.cfg.architecture(), sae.cfg.normalize_activations
-    if family not in ELEMENTWISE:
-        raise ValueError(f"the SAE of layer {layer} is of the family {family!r}: supported are {list(ELEMENTWISE)}")
-    if scaling != "none":
-        raise ValueError(f"the SAE of layer {layer} normalises activations ({scaling!r}): only 'none' is supported")
+def _prepared(sae: Any, layer: int) -> Any:
+    """In float32, decoder norms folded; ValueError for what is no SAE on the residual stream after this layer."""
+    family, reshaping, metadata = sae.cfg.architecture(), sae.cfg.reshape_activations, sae.cfg.metadata
+    if family not in FAMILIES:
+        raise ValueError(
+            f"the SAE of layer {layer} is of the family {family!r}: supported are {', '.join(FAMILIES)} "
+            "(batch top-k and matryoshka SAEs are saved as jumprelu)"
+        )
+    if reshaping != "none":
+        raise ValueError(f"the SAE of layer {layer} reshapes activations ({reshaping!r}): only 'none' is supported")
+    for hook in (metadata.hook_name, metadata.hf_hook_name):
+        _check_hook(hook, layer)
+    sae = sae.to(dtype=torch.float32)
+    if family == "topk" and sae.cfg.rescale_acts_by_decoder_norm:
+        sae.fold_W_dec_norm()
+        sae.cfg.rescale_acts_by_decoder_norm = False
     return sae
+
+
+def _check_hook(hook: str | None, layer: int) -> None:
+    """Raise ValueError unless the name, if there is one, is that of the residual stream after `layer`."""
+    if hook is None:
+        return
+    found = AFTER_LAYER.fullmatch(hook)
+    if found is None:
+        raise ValueError(
+            f"the SAE of layer {layer} reads {hook!r}: supported is the residual stream after a layer "
+            f"('blocks.{layer}.hook_resid_post' or 'model.layers.{layer}')"
+        )
+    if int(found[1] or found[2]) != layer:
+        raise ValueError(
+            f"the SAE given for layer {layer} reads {hook!r}, another layer: name the one that was trained on "
+            f"layer {layer}"
+        )

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from refusalscope.core.encoding import CHUNK
 from refusalscope.core.scores import Attribution, Trace
-from refusalscope.core.types import Direction, Prompts
+from refusalscope.core.types import Direction, Prompts, SaeSlice
 from refusalscope.inputs.chat import Batch, ChatModel, Edit, Tokens, scored
 from refusalscope.inputs.saes import LayerSae, SaeBank
 from refusalscope.inputs.template import Role
@@ -297,21 +298,35 @@ class Entries(NamedTuple):
 def layer_entries(sae: LayerSae, traces: Sequence[Trace], features: Sequence[int] | None) -> list[Entries]:
     """`(f~ - f) * (G . W_dec)` of one layer, a batch each, where the activation moved and the token is no padding.
 
-    With `features` only their columns and rows are read.
+    With `features` only theirs are read.
     """
-    part = None if features is None else sae.slice(features).to(sae.device)
-    index = torch.arange(sae.size) if part is None else part.features.cpu()
-    encode, rows = (sae.encode, sae.decoder) if part is None else (part.encode, part.decoder)
+    part = sae if features is None else sae.here(features)
+    index = torch.arange(sae.size) if isinstance(part, LayerSae) else part.features.cpu()
     made = []
     for batch in traces:
         inside = batch.roles != Role.PADDING
-        clean, patched, slope = (at_layer(batch, name, sae)[inside] for name in ("clean", "patched", "gradient"))
-        delta = encode(patched) - encode(clean)
-        token, column = delta.nonzero(as_tuple=True)
-        value = (delta * (slope @ rows.T))[token, column].cpu()
-        prompt, position = (axis[token.cpu()] for axis in inside.nonzero(as_tuple=True))
-        made.append(Entries(sae.layer, prompt, position - inside.shape[1], index[column.cpu()], value))
+        ways = (at_layer(batch, name, sae)[inside] for name in ("clean", "patched", "gradient"))
+        token, column, value = _moves(part, *ways)
+        prompt, position = (axis[token] for axis in inside.nonzero(as_tuple=True))
+        made.append(Entries(sae.layer, prompt, position - inside.shape[1], index[column], value))
     return made
+
+
+def _moves(
+    part: LayerSae | SaeSlice,
+    clean: Float[Tensor, "token d_model"],
+    patched: Float[Tensor, "token d_model"],
+    slope: Float[Tensor, "token d_model"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, column and attribution of every activation that moved, on the CPU; a chunk of tokens at a time."""
+    found = []
+    for inside in torch.arange(len(clean)).split(CHUNK):
+        delta = part.encode(patched[inside]) - part.encode(clean[inside])
+        token, column = delta.nonzero(as_tuple=True)
+        value = (delta * (slope[inside] @ part.decoder.T))[token, column]
+        found.append((inside[token.cpu()], column.cpu(), value.cpu()))
+    tokens, columns, values = zip(*found, strict=True)
+    return torch.cat(tokens), torch.cat(columns), torch.cat(values)
 
 
 class LayerTotals(NamedTuple):
@@ -323,13 +338,21 @@ class LayerTotals(NamedTuple):
 
 
 def layer_totals(sae: LayerSae, traces: Sequence[Trace]) -> LayerTotals:
-    """`G . (dec f~ - dec f)` and `G . (e~ - e)`; together they are `G` times the whole way of the residual."""
+    """`G . ((F~ - F) W_dec)`, and `G` times the rest of the residual's way: that of the SAE's error term.
+
+    What a token's own normalisation adds back beside its features (`s b_dec + mu`) moves with the rest.
+    """
     features, errors = [], []
     for batch in traces:
         inside = batch.roles != Role.PADDING
         clean, patched, slope = (at_layer(batch, name, sae)[inside] for name in ("clean", "patched", "gradient"))
         end = patched if batch.end is None else at_layer(batch, "end", sae)[inside]
-        decoded = sae.decode(sae.encode(patched)) - sae.decode(sae.encode(clean))
+        decoded = torch.cat(
+            [
+                (sae.encode(patched[part]) - sae.encode(clean[part])) @ sae.decoder
+                for part in torch.arange(len(clean)).split(CHUNK)
+            ]
+        )
         prompt = inside.nonzero(as_tuple=True)[0]
         for sums, change in ((features, decoded), (errors, end - clean - decoded)):
             sums.append(torch.zeros(len(inside)).index_add_(0, prompt, (slope * change).sum(-1).cpu()))

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from refusalscope.core.encoding import CHUNK
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.scores import Attribution, Scores, Trace
 from refusalscope.core.types import Direction, Feature, FeatureSet, Prompts, SaeSlice, ordered_features
@@ -22,8 +23,6 @@ PER_LAYER = 10
 """K0: candidates per layer (published)."""
 KEPT = 100
 """Features per layer that enter `Scores` by their mean, beside every prompt's own best."""
-CHUNK = 2048
-"""Tokens encoded at a time."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -98,25 +97,30 @@ def traced_residuals(traces: Sequence[Trace], *, where: Where = scored) -> Resid
 def survey(sae: LayerSae, harmful: Residuals, direction: Direction, *, keep: int) -> LayerSurvey:
     """Cosine and mean activation of every feature; the `keep` best by cosine are the layer's candidates."""
     total = torch.zeros(sae.size, dtype=torch.float64)
-    for _, part in _encoded(sae, harmful):
-        total += part.double().sum(0).cpu()
+    for _, part in _chunks(harmful, sae.layer):
+        total += sae.encode(part).double().sum(0).cpu()
     mean = (total / max(1, len(harmful.prompt))).float()
     return LayerSurvey(sae.layer, by_cosine(sae, direction, keep), mean)
 
 
-def highest(sae: LayerSae | SaeSlice, residuals: Residuals) -> Float[Tensor, "prompt feature"]:
-    """Each prompt's largest activation over its scored tokens, of every feature that `sae` holds."""
-    best = torch.zeros(len(residuals.prompt_ids), len(sae.bias) if isinstance(sae, SaeSlice) else sae.size)
-    for owners, part in _encoded(sae, residuals):
+def highest(
+    sae: LayerSae | SaeSlice, residuals: Residuals, *, encode: Callable[[Tensor], Tensor] | None = None
+) -> Float[Tensor, "prompt feature"]:
+    """Each prompt's largest activation over its scored tokens, of every feature that `sae` holds.
+
+    In residual units, unless `encode` reads activations otherwise.
+    """
+    best = torch.zeros(len(residuals.prompt_ids), len(sae.features) if isinstance(sae, SaeSlice) else sae.size)
+    for owners, part in _chunks(residuals, sae.layer):
+        active = (encode or sae.encode)(part)
         for prompt in owners.unique().tolist():
-            best[prompt] = torch.maximum(best[prompt], part[owners == prompt].amax(0).cpu())
+            best[prompt] = torch.maximum(best[prompt], active[owners == prompt].amax(0).cpu())
     return best
 
 
-def _encoded(sae: LayerSae | SaeSlice, residuals: Residuals) -> Iterator[tuple[Tensor, Tensor]]:
-    """Which prompts a chunk of tokens belongs to and its activations; no two chunks are in memory at once."""
-    for owners, part in zip(residuals.prompt.split(CHUNK), residuals.layers[sae.layer].split(CHUNK), strict=True):
-        yield owners, sae.encode(part)
+def _chunks(residuals: Residuals, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Which prompts a chunk of tokens belongs to, and its residuals: encoded whole, a data set would not fit."""
+    yield from zip(residuals.prompt.split(CHUNK), residuals.layers[layer].split(CHUNK), strict=True)
 
 
 def by_cosine(sae: LayerSae, direction: Direction, k: int) -> FeatureSet:

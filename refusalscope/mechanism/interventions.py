@@ -1,7 +1,7 @@
 """An `Intervention` becomes `{layer: edit}`: the only place where directions and features are edited.
 
-Feature edits are error-preserving: `z + sum_i (f'_i - f_i) W_dec[i]` equals decoding the edited features and adding the
-SAE's error back, and encodes K columns instead of d_sae (method 5).
+Feature edits are error-preserving: `z + sum_i (F'_i - F_i) W_dec[i]`, in residual units, equals decoding the edited
+features and adding the SAE's error back, and encodes K columns instead of d_sae (method 5).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +47,7 @@ class ScaleFeatures:
 
 @dataclass(frozen=True)
 class SetFeatures:
-    """Set the activations of chosen features to `value`, in the SAE's units, at every position."""
+    """Set the activations of chosen features to `value`, in the SAE's own units, at every position."""
 
     features: Sets
     value: float
@@ -55,7 +55,7 @@ class SetFeatures:
 
 @dataclass(frozen=True)
 class Held:
-    """One layer's activations on an unedited prompt, features ascending."""
+    """One layer's activations on an unedited prompt, in residual units, features ascending."""
 
     values: Float[Tensor, "position k"]
     """At the prompt's own positions, padding excluded."""
@@ -195,18 +195,18 @@ def _add(vector: Float[Tensor, "d_model"], made: Editor) -> Edit:
     return edit
 
 
-Rule = Callable[[Tensor, Batch], Tensor]
-"""(activations [prompt, position, k], batch) -> what they become."""
+Rule = Callable[[Tensor, Tensor, Batch], Tensor]
+"""(activations [prompt, position, k], s(z) [prompt, position, 1], batch) -> what they become, in residual units."""
 
 
 def _rule(intervention: FeatureEdit, part: SaeSlice) -> Rule:
     match intervention:
         case ScaleFeatures(_, factor):
-            return lambda active, batch: factor * active
+            return lambda active, scale, batch: factor * active
         case SetFeatures(_, value):
-            return lambda active, batch: torch.full_like(active, value)
+            return lambda active, scale, batch: (value * scale).expand_as(active)
         case HoldFeatures(_, held, decoding):
-            return lambda active, batch: _recalled(active, batch, held, part.layer, decoding)
+            return lambda active, scale, batch: _recalled(active, batch, held, part.layer, decoding)
 
 
 def _recalled(
@@ -225,11 +225,17 @@ def _recalled(
 
 
 def _activations(part: SaeSlice, features: Sets, rule: Rule, made: Editor) -> Edit:
+    # A slice may hold a whole encoder: it is moved to the model's device once, not at every token.
+    placed: dict[torch.device, SaeSlice] = {}
+
     def edit(residual: Tensor, batch: Batch) -> Tensor:
-        here = part.to(residual.device)
+        if residual.device not in placed:
+            placed[residual.device] = part.to(residual.device)
+        here = placed[residual.device]
         chosen = membership(part, features, batch.prompt_ids).to(residual.device)
-        active = here.encode(residual)
-        change = (rule(active, batch) - active) * chosen[:, None, :]
+        scale = here.scale(residual)
+        active = here.encode_own(residual) * scale
+        change = (rule(active, scale, batch) - active) * chosen[:, None, :]
         moved = (change != 0).any(-1)
         made.count(moved, batch)
         # Untouched positions keep their bits: adding a zero vector in another type would round them.

@@ -1,8 +1,8 @@
 """The published formulation of LA-IG, written plainly: what the factored attribution is checked and timed against.
 
-At every node and layer the SAE encodes and decodes the current residual inside the graph, features and error are mixed
-with their patched values, and the gradient passes straight through (method 3a). All SAEs are in memory at once and
-every tensor is prompts x positions x d_sae: that is the point.
+At every node and layer the SAE encodes and decodes the current residual inside the graph, features and what they leave
+of it are mixed with their patched values, and the gradient passes straight through (method 3a). All SAEs are in memory
+at once and every tensor is prompts x positions x d_sae: that is the point.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,11 @@ from refusalscope.mechanism.effects import tokens_of
 
 
 class Mixture(NamedTuple):
-    """One layer's features and error term, clean or patched."""
+    """One layer's features, in residual units, and what they leave, clean or patched."""
 
     features: Float[Tensor, "prompt position d_sae"]
-    error: Float[Tensor, "prompt position d_model"]
+    rest: Float[Tensor, "prompt position d_model"]
+    """`z - F W_dec`: the SAE's error and what it adds whatever its features."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -58,7 +59,7 @@ def _mixture(sae: LayerSae, trace: Trace, name: str) -> Mixture:
     row = trace.layers.index(sae.layer)
     features = sae.encode(getattr(trace, name)[row])
     end = trace.end if name == "patched" and trace.end is not None else getattr(trace, name)
-    return Mixture(features, end[row].float().to(features) - sae.decode(features))
+    return Mixture(features, end[row].float().to(features) - features @ sae.decoder)
 
 
 def _feature_gradients(
@@ -71,10 +72,10 @@ def _feature_gradients(
             if not residual.requires_grad:
                 residual = residual.requires_grad_(True)
             features = sae.encode(residual)
-            error = residual - sae.decode(features)
+            rest = residual - features @ sae.decoder
             target = patched[sae.layer]
-            mixed = sae.decode((1 - node) * features + node * target.features)
-            mixed = mixed + (1 - node) * error + node * target.error
+            mixed = ((1 - node) * features + node * target.features) @ sae.decoder
+            mixed = mixed + (1 - node) * rest + node * target.rest
             passed = _StraightThrough.apply(residual, mixed.detach().to(residual))
             assert isinstance(passed, Tensor)
             outputs[sae.layer] = passed

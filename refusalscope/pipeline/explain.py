@@ -41,7 +41,7 @@ class Activations(NamedTuple):
 
 def explain_features(job: Job, fitted: Fitted, chosen: Chosen) -> None:
     """Write `features/details.json`: for every feature of a set, where it fires and what editing it alone does."""
-    key = job.key("explain", "features", fitted.direction, fitted.data, dict(chosen.sets), dict(chosen.slices))
+    key = job.key("explain", "features", fitted.direction, fitted.data, dict(chosen.sets))
     job.store.get("features/details.json", key, dict, lambda: {"features": _details(job, fitted, chosen)})
 
 
@@ -57,7 +57,6 @@ def explain_prompts(job: Job, fitted: Fitted, chosen: Chosen) -> None:
         fitted.direction,
         job.sets.evaluation,
         dict(chosen.sets),
-        dict(chosen.slices),
         dict(factors),
     )
     job.store.get("prompts/why.json", key, dict, lambda: {"prompts": list(_whys(job, fitted, chosen, factors))})

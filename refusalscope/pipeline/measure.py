@@ -213,11 +213,14 @@ def _slices(chosen: Chosen, arm: Arm) -> dict[int, SaeSlice]:
 
 
 def _answers(job: Job, rows: Prompts, arm: Arm, slices: Mapping[int, SaeSlice]) -> Responses:
-    """What the model answers, before any judge has seen it."""
+    """What the model answers, before any judge has seen it.
+
+    The slices are no part of the key: the arm names their features and the target's identity their SAEs' files.
+    """
     return job.in_batches(
         "answer",
         f"answers/{rows.name}/{arm.label}.jsonl",
-        key=job.key("answer", rows, arm, slices, job.max_new_tokens),
+        key=job.key("answer", rows, arm, job.max_new_tokens),
         rows=rows,
         kind=Responses,
         make=lambda batch: benchmark.answer(
@@ -244,7 +247,7 @@ def _cost(job: Job, chosen: Chosen, rows: Prompts, unedited: Responses, arm: Arm
     made = job.in_batches(
         "cost",
         f"costs/{rows.name}/{arm.label}.json",
-        key=job.key("cost", rows, arm, slices, unedited),
+        key=job.key("cost", rows, arm, unedited),
         rows=rows,
         kind=dict,
         make=lambda batch: capability.cost(

@@ -25,7 +25,7 @@ class Chosen:
     sets: Mapping[str, FeatureSet]
     slices: Mapping[int, SaeSlice]
     typical: Mapping[str, float]
-    """Set -> its features' mean largest activation on refused harmful prompts."""
+    """Set -> its features' mean largest activation on refused harmful prompts, in the SAE's own units."""
     notes: tuple[str, ...]
 
 
@@ -41,6 +41,8 @@ class Reading(NamedTuple):
     highest: tuple[Scores, Scores] | None
     """On harmful and on harmless prompts, if `activation-difference` is wanted."""
     totals: list[LayerTotals]
+    notes: dict[str, list[int]]
+    """What must be known of how SAEs are read -> the layers it holds for."""
 
 
 def choose_features(job: Job, fitted: Fitted) -> Chosen:
@@ -97,7 +99,7 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
         "sets": list(sets),
         "layers": list(slices),
         "typical": _typical(sets, slices, traces),
-        "notes": _notes(nodes, sets, job.options.sizes),
+        "notes": [*_sae_notes(job, reading.notes), *_notes(nodes, sets, job.options.sizes)],
     }
     # The index comes last: while it is missing, a killed stage is made again.
     job.store.put("features/index.json", key, index)
@@ -170,6 +172,7 @@ def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Tra
     scores: list[Scores] = []
     highest: list[tuple[Scores, Scores]] = []
     totals: list[LayerTotals] = []
+    notes: dict[str, list[int]] = {}
     for done, layer in enumerate(job.saes.layers):
         job.progress("features: reading SAEs", done, len(job.saes.layers))
         sae = job.saes.layer(layer)
@@ -177,6 +180,8 @@ def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Tra
         listed = features.candidates(surveys[-1:])[layer]
         entries += attribution.layer_entries(sae, traces, listed)
         totals.append(attribution.layer_totals(sae, traces))
+        if sae.note:
+            notes.setdefault(sae.note, []).append(layer)
         if slope_traces:
             slopes += attribution.layer_entries(sae, slope_traces, listed)
         if "attribution" in wanted:
@@ -190,6 +195,7 @@ def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Tra
         features.join(scores) if scores else None,
         (features.join([a for a, _ in highest]), features.join([b for _, b in highest])) if highest else None,
         totals,
+        notes,
     )
 
 
@@ -230,6 +236,19 @@ def _controls(job: Job, reading: Reading, named: Mapping[str, Choice]) -> dict[s
     return controls
 
 
+def _sae_notes(job: Job, notes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Which layers have no SAE, and how those that have one are read where that is not as they were trained."""
+    held, layers = job.saes.layers, len(job.model.layers)
+    found = (
+        [f"SAEs exist for layers {_listed(held)} of {layers}: the others are not read."] if len(held) < layers else []
+    )
+    return found + [f"The SAE of layer {_listed(some)} {note}." for note, some in notes.items()]
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
 def _notes(nodes: Sequence[NodeCheck], sets: Mapping[str, FeatureSet], sizes: Sequence[int]) -> list[str]:
     notes = []
     if nodes and nodes[-1].change > attribution.NODE_TOLERANCE:
@@ -246,12 +265,17 @@ def _notes(nodes: Sequence[NodeCheck], sets: Mapping[str, FeatureSet], sizes: Se
 def _typical(
     sets: Mapping[str, FeatureSet], slices: Mapping[int, SaeSlice], traces: Sequence[Trace]
 ) -> dict[str, float]:
-    """The mean over a set's features of their mean largest activation on the prompts of the traces."""
+    """The mean over a set's features of their mean largest activation on the prompts of the traces.
+
+    In the SAE's own units: features are set to multiples of it.
+    """
     residuals = features.traced_residuals(traces)
     means: dict[Feature, float] = {}
     for layer, part in slices.items():
         named = (Feature(layer, index) for index in part.features.tolist())
-        means |= dict(zip(named, features.highest(part, residuals).mean(0).tolist(), strict=True))
+        means |= dict(
+            zip(named, features.highest(part, residuals, encode=part.encode_own).mean(0).tolist(), strict=True)
+        )
     return {name: sum(means[f] for f in chosen.features) / max(1, len(chosen)) for name, chosen in sets.items()}
 
 

@@ -19,6 +19,8 @@ class Answer(NamedTuple):
     setting: str
     response: Response
     outcome: str
+    reason: str
+    """Why the judges say so, or why they say nothing; may be empty."""
 
 
 class Example(NamedTuple):
@@ -49,12 +51,14 @@ def _is_shown(setting: str) -> bool:
 def _answers(prompt: Prompt, responses: Iterable[Responses]) -> list[Answer]:
     """One answer for each edit under which this prompt was answered."""
     return [
-        Answer(made.method, made.setting, row, _outcome(row))
+        Answer(made.method, made.setting, row, *_outcome(row))
         for made in responses
         for row in made.rows
         if row.prompt_id == prompt.id
     ]
 
 
-def _outcome(response: Response) -> str:
-    return next((name for name in OUTCOMES if response.scores.get(name) == 1), "not scored")
+def _outcome(response: Response) -> tuple[str, str]:
+    """The outcome and its reason; an answer that is not scored has the same reason for every outcome."""
+    found = next((name for name in OUTCOMES if response.scores.get(name) == 1), None)
+    return found or "not scored", response.reasons.get(found or OUTCOMES[0], "")

@@ -79,7 +79,8 @@ def answer(
     """Answer a data set under an arm, greedily, and count the positions its edit changed."""
     made = editor(arm.intervention, layers=len(model.layers), slices=slices)
     rows = []
-    for _, tokens in model.batches(prompts, batch_size):
+    for start in range(0, len(prompts), batch_size):
+        tokens = model.answer_tokens(prompts[start : start + batch_size])
         rows.extend(model.generate(tokens, edits=made.edits, max_new_tokens=max_new_tokens))
     return Responses(prompts.name, arm.method, arm.setting, tuple(rows), made.changed)
 

@@ -1,0 +1,69 @@
+"""How an SAE's encoder reads a residual: normalisation of each token, JumpReLU, the largest few.
+
+An SAE that normalises decodes as `s(z) (f W_dec + b_dec) + mu(z)`. Everywhere else activations are in residual units,
+`F = s(z) f`, so that `z = F W_dec + rest` whatever the normalisation (method 1); `s` and `mu` are computed here alone.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK = 2048
+"""Tokens encoded at a time where every feature's activation is computed."""
+LAYER_NORM_EPSILON = 1e-5
+
+Normalisation = Literal["none", "constant_norm_rescale", "layer_norm"]
+"""What an SAE does to each token before it reads it, by SAELens's names."""
+
+
+class Normalised(NamedTuple):
+    """Residuals as the encoder reads them, float32, and what leads back."""
+
+    inputs: Float[Tensor, "*batch d_model"]
+    scale: Float[Tensor, "*batch 1"]
+    """s: one unit of the SAE's own, in residual units."""
+    centre: Float[Tensor, "*batch 1"]
+    """mu."""
+
+
+def normalise(residual: Float[Tensor, "*batch d_model"], how: Normalisation) -> Normalised:
+    """Each token as an SAE reads it, in SAELens's arithmetic (layer_norm: deviation with d_model - 1, epsilon 1e-5)."""
+    residual = residual.float()
+    unit, zero = torch.ones_like(residual[..., :1]), torch.zeros_like(residual[..., :1])
+    if how == "none":
+        return Normalised(residual, unit, zero)
+    if how == "constant_norm_rescale":
+        scale = residual.norm(dim=-1, keepdim=True) / residual.shape[-1] ** 0.5
+        # Padding may be all zeros: SAELens makes it NaN, which would reach every token through attention.
+        return Normalised(residual / scale.clamp(min=1e-30), scale, zero)
+    centre = residual.mean(-1, keepdim=True)
+    scale = (residual - centre).std(-1, keepdim=True)
+    # SAELens divides by s + epsilon, but multiplies by s alone when it decodes.
+    return Normalised((residual - centre) / (scale + LAYER_NORM_EPSILON), scale, centre)
+
+
+def jump_relu(before: Float[Tensor, "*batch k"], threshold: Float[Tensor, "k"]) -> Float[Tensor, "*batch k"]:
+    """What is above zero and above its threshold (Rajamanoharan et al. 2024)."""
+    return before.relu() * (before > threshold)
+
+
+def among_largest(
+    inputs: Float[Tensor, "*batch d_model"],
+    encoder: Float[Tensor, "d_model d_sae"],
+    bias: Float[Tensor, "d_sae"],
+    features: Int[Tensor, "k"],
+    active: int,
+) -> Float[Tensor, "*batch k"]:
+    """Pre-activations of `features` at tokens where they are among the `active` largest of all, else 0.
+
+    A chunk of tokens at a time, so never more than CHUNK x d_sae numbers are in memory.
+    """
+    parts = []
+    for part in inputs.reshape(-1, inputs.shape[-1]).split(CHUNK):
+        before = torch.addmm(bias, part, encoder)
+        least = before.topk(active, sorted=False).values.amin(-1, keepdim=True)
+        wanted = before[:, features]
+        parts.append(wanted * (wanted >= least))
+    return torch.cat(parts).view(*inputs.shape[:-1], len(features))

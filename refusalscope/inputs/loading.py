@@ -1,0 +1,135 @@
+"""Weights from a folder or the hub onto devices: which type, how many bits, where each layer.
+
+Also what a checkpoint says of itself: its decoder layers, the tokens it ends with. Knows nothing of chats or hooks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Bits = Literal["8bit", "4bit"]
+DeviceMap = Literal["auto"] | Mapping[str, str | int]
+"""`auto` fills the devices there are, then memory, then the disk; or where each named part goes."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How weights are held, and where."""
+
+    device: str = "auto"
+    dtype: DType = "auto"
+    """`auto` is float32 on the CPU and the checkpoint's own type elsewhere."""
+    quantize: Bits | None = None
+    device_map: DeviceMap | None = None
+    """None keeps the whole model on `device`."""
+    offload_folder: str | Path | None = None
+    """Where the layers lie that a device map sends to the disk."""
+
+
+class Loaded(NamedTuple):
+    """A causal language model and its tokenizer, as transformers makes them."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load(
+    source: str | Path, *, name: str, revision: str | None, placement: Placement, trust_remote_code: bool
+) -> Loaded:
+    """Load from a folder or a hub name. Raises ValueError with one line when that cannot be done."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    settings = _settings(placement)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        model = AutoModelForCausalLM.from_pretrained(source, **where, **settings)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"cannot load {name} as a causal language model: {reason}") from error
+    if "device_map" not in settings:
+        model.to(device=choose_device(placement.device))  # type: ignore[reportCallIssue]
+    return Loaded(model, tokenizer)
+
+
+def choose_device(device: str) -> str:
+    """`auto` is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return "cuda" if available["cuda"] else "cpu"
+    if not available.get(device, False):
+        usable = [name for name, there in available.items() if there]
+        raise ValueError(f"device {device!r} is not available here: choose one of {', '.join(['auto', *usable])}")
+    return device
+
+
+def choose_dtype(dtype: str, device: str) -> torch.dtype | Literal["auto"]:
+    """What transformers is asked for. Raises ValueError for a type that models do not run in."""
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else "auto"
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in types:
+        raise ValueError(f"dtype {dtype!r} is not known: choose one of {', '.join(['auto', *types])}")
+    return types[dtype]
+
+
+def find_layers(model: Any, name: str) -> nn.ModuleList:
+    """The decoder layers of the text stack, found by structure: the one list of `num_hidden_layers` modules."""
+    count = model.config.get_text_config().num_hidden_layers
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in model.get_decoder().named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
+            found[path] = module
+    if len(found) != 1:
+        raise ValueError(
+            f"{name}: looked for one list of {count} decoder layers in {type(model).__name__}, found {sorted(found)}"
+        )
+    return next(iter(found.values()))
+
+
+def end_tokens(model: Any, tokenizer: Any, own: int | None) -> tuple[int, list[int]]:
+    """What closes a turn, and all that generation stops at; `own` is the template's own end-of-turn token."""
+    configured = model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    ends = [int(token) for token in (*ends, tokenizer.eos_token_id, own) if token is not None]
+    if not ends:
+        raise ValueError("the model names no end-of-turn token in its generation_config.json, tokenizer or template")
+    closes = next(token for token in (own, tokenizer.eos_token_id, ends[0]) if token is not None)
+    return int(closes), list(dict.fromkeys(ends))
+
+
+def _settings(placement: Placement) -> dict[str, Any]:
+    device = choose_device(placement.device)
+    made: dict[str, Any] = {"dtype": choose_dtype(placement.dtype, device)}
+    if placement.quantize is not None:
+        made["quantization_config"] = _quantization(placement.quantize)
+    if placement.device_map is not None:
+        made["device_map"] = placement.device_map
+    elif placement.quantize is not None:
+        # Quantised weights are made where they stay: they must not be moved afterwards.
+        made["device_map"] = {"": device}
+    if placement.offload_folder is not None:
+        made["offload_folder"] = str(placement.offload_folder)
+    return made
+
+
+def _quantization(bits: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if bits not in ("8bit", "4bit"):
+        raise ValueError(f"quantize {bits!r} is not known: choose 8bit or 4bit")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"{bits} weights need bitsandbytes, which is not installed: pip install 'refusalscope[quantized]'"
+        )
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
