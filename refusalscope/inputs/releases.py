@@ -33,7 +33,7 @@ class SaeSource:
     """SAEs by layer, none of them loaded."""
 
     where: str
-    """The release, repository or folder pattern they come from."""
+    """The release, the repository, or the last part of the folder pattern they come from."""
     names: Mapping[int, str]
     """Layer -> its id in the release, or its folder."""
     loaders: Mapping[int, Loader]
@@ -61,7 +61,7 @@ def from_folders(pattern: str) -> SaeSource:
         raise ValueError(f"no SAE folder (with a cfg.json) fits {head}{{layer}}{tail}")
     found = dict(sorted(found.items()))
     return SaeSource(
-        where=pattern,
+        where=Path(pattern).name,
         names={layer: str(path) for layer, path in found.items()},
         loaders={layer: partial(open_folder, path) for layer, path in found.items()},
         identity=digest(found.values()),

@@ -47,7 +47,7 @@ def fit(job: Job) -> Fitted:
 
 
 def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Direction, str, list[str]]:
-    notes: list[str] = []
+    notes = _published(job)
     if "given" not in sources:
         notes.append(f"{job.prompts} has no train split: direction and features come from the model's own prompts.")
     for name, source in sources.items():
@@ -72,6 +72,16 @@ def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Directio
             continue
         return found, name, notes
     raise AssertionError("a source either fits or raises")
+
+
+def _published(job: Job) -> list[str]:
+    """Which of the preset's published settings this run goes by."""
+    used = []
+    if job.target.refusal_tokens and not job.options.refusal_token:
+        used.append(f"the refusal tokens {', '.join(job.target.refusal_tokens)}")
+    if job.target.best_layer is not None and job.options.best_layer is None:
+        used.append(f"layer {job.target.best_layer} for the direction")
+    return [f"Published settings of {job.target.name} are used: {' and '.join(used)}."] if used else []
 
 
 def _token_ids(job: Job) -> list[int]:

@@ -264,7 +264,7 @@ class Job:
         if self.store.made or not self.store.has("environment.json", ""):
             seconds = time.monotonic() - self._started
             about = describe(device=self.device, seed=self.options.seed, seconds=seconds) | {
-                "model": f"{self.target.model}@{self.target.revision or 'folder'}",
+                "model": f"{self.target.model}@{self.target.revision}" if self.target.revision else self.target.model,
                 "saes": {"source": self.target.saes.where, "layers": list(self.target.saes.names)},
             }
             self.store.put("environment.json", "", about)
