@@ -155,3 +155,11 @@ def test_identity_changes_with_commit_and_layers(cache: Path, tmp_path: Path) ->
     (cache / "models--google--gemma-3-270m-it" / "refs" / "main").write_text("f" * 40)
     model.rename(model.parent / ("f" * 40))
     assert presets.resolve("gemma-3-270m").identity != whole.identity
+
+
+def test_the_documents_list_every_preset_with_its_model_and_release() -> None:
+    rows = (Path(presets.__file__).parents[2] / "docs" / "models.md").read_text("utf-8").splitlines()
+    for name, preset in presets.presets().items():
+        row = next((row for row in rows if row.startswith(f"| `{name}` |")), "")
+        assert preset.get("sae_release", "ships with the package") in row
+        assert preset["model"] in row or name == "testbed"
