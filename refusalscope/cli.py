@@ -262,11 +262,8 @@ def models() -> None:
         from refusalscope.inputs import presets
 
         for name, preset in presets.presets().items():
-            print(f"{name:22}{preset['description']}")
-            if "sae_release" in preset:
-                print(f"{'':22}{preset['model']}, SAEs {preset['sae_release']} {preset['sae_id']}")
-            if published := presets.published(preset):
-                print(f"{'':22}published: {published}")
+            first, *more = presets.described(preset)
+            print(f"{name:22}{first}", *(f"{'':22}{line}" for line in more), sep="\n")
 
 
 @data_app.command()

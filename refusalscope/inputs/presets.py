@@ -53,14 +53,22 @@ def presets() -> dict[str, Any]:
     return tomllib.loads((files("refusalscope.inputs") / "presets.toml").read_text("utf-8"))
 
 
-def published(preset: dict[str, Any]) -> str:
-    """The settings of a preset that were published, in words; empty if none were."""
+def described(preset: dict[str, Any]) -> list[str]:
+    """A preset in a few lines: what it is, where it comes from, what was published of it."""
     words = {
         "refusal_tokens": "first token of refusals {0[0]!r}",
         "best_layer": "direction of layer {0}",
         "published_factor": "features scaled by {0:g}",
+        "values": "features set to {0}",
     }
-    return ", ".join(text.format(preset[key]) for key, text in words.items() if key in preset)
+    lines = [preset["description"]]
+    if "sae_release" in preset:
+        lines.append(f"{preset['model']}, SAEs {preset['sae_release']} {preset['sae_id']}")
+    if told := [text.format(preset[key]) for key, text in words.items() if key in preset]:
+        lines.append(f"published: {', '.join(told)}")
+    if "neuronpedia" in preset:
+        lines.append(f"Neuronpedia: {preset['neuronpedia']}")
+    return lines
 
 
 def resolve(
@@ -85,7 +93,7 @@ def resolve(
             shipped.verify()
         revision, weights = None, releases.digest([Path(model)])
     else:
-        revision = weights = hub.snapshot(model, "config.json").name
+        revision = weights = _commit(name, model)
     return Target(
         name=name if preset or not _is_folder(model) else Path(model).resolve().name,
         model=model,
@@ -116,6 +124,14 @@ def _model(name: str, preset: dict[str, Any]) -> str:
         f"unknown model {name!r}: {hint}Known are {', '.join(table)}; or give a Hugging Face repository (owner/name) "
         "or the folder of a checkpoint (with a config.json), and its SAEs with --sae-release or --saes"
     )
+
+
+def _commit(name: str, repository: str) -> str:
+    try:
+        return hub.snapshot(repository, "config.json").name
+    except ValueError as error:
+        nor = f"; nor is there a folder {name} with a config.json" if name == repository else ""
+        raise ValueError(f"{error}{nor}") from error
 
 
 def _saes(
