@@ -26,12 +26,33 @@ app.add_typer(testbed_app, name="testbed")
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="A preset (see `refusalscope models`) or the folder of a checkpoint. [default: testbed]"),
+    typer.Argument(
+        help="A preset (see `refusalscope models`), a Hugging Face repository or a folder. [default: testbed]"
+    ),
 ]
 Name = Annotated[str | None, typer.Option(help="Name of the run folder below --runs; the model's name by default.")]
 Runs = Annotated[Path, typer.Option(help="Where run folders lie.")]
 Config = Annotated[Path | None, typer.Option(help="Options from a TOML file; the command line wins.")]
-Saes = Annotated[str | None, typer.Option(help="SAE folders in SAELens's format, {layer} for the layer's number.")]
+Saes = Annotated[
+    str | None,
+    typer.Option(help="SAELens folders, {layer} for the layer's number; or owner/name:path in a Hub repository."),
+]
+SaeRelease = Annotated[str | None, typer.Option(help="A release of SAELens's registry.")]
+SaeId = Annotated[str | None, typer.Option(help="Which ids of the release, {layer} for the layer's number.")]
+Layers = Annotated[
+    list[str] | None, typer.Option("--layers", help="Use these layers' SAEs alone: 9, or 3,7, or 3-7; repeatable.")
+]
+System = Annotated[str | None, typer.Option(help="A system prompt for every chat.")]
+Thinking = Annotated[str | None, typer.Option(help="Let a reasoning model think before it answers: on or off.")]
+ChatTemplate = Annotated[Path | None, typer.Option(help="A chat template (Jinja) instead of the model's own.")]
+DeviceMap = Annotated[str | None, typer.Option(help="auto: split the model over all GPUs.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="auto, float32, bfloat16 or float16. [default: auto, float32 on the CPU]")
+]
+Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit, where bitsandbytes is installed.")]
+RemoteCode = Annotated[
+    bool | None, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")
+]
 PromptFile = Annotated[
     Path | None, typer.Option(help="A CSV, JSONL or JSON file of prompts, or the refusal_direction folder.")
 ]
@@ -124,6 +145,9 @@ def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
         runs: Runs = Path("runs"),
         config: Config = None,
         saes: Saes = None,
+        sae_release: SaeRelease = None,
+        sae_id: SaeId = None,
+        layers: Layers = None,
         prompts: PromptFile = None,
         columns: Columns = None,
         label: Label = None,
@@ -139,9 +163,16 @@ def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
         refusal_token: Token = None,
         best_layer: BestLayer = None,
         keep_unrefused: KeepUnrefused = None,
+        system: System = None,
+        thinking: Thinking = None,
+        chat_template: ChatTemplate = None,
         max_new_tokens: MaxNewTokens = None,
         batch_size: BatchSize = None,
         device: Device = None,
+        device_map: DeviceMap = None,
+        dtype: Dtype = None,
+        quantize: Quantize = None,
+        trust_remote_code: RemoteCode = None,
         seed: Seed = None,
     ) -> None:
         given = {key: value for key, value in locals().items() if key in OPTION_NAMES and value is not None}
@@ -153,9 +184,10 @@ def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
 
 OPTION_NAMES = frozenset(
     (
-        *("model", "saes", "prompts", "columns", "label", "limit", "datasets", "protocol", "full", "k", "methods"),
-        *("draws", "factors", "values", "refusal_token", "best_layer", "keep_unrefused", "max_new_tokens"),
-        *("batch_size", "device", "seed"),
+        *("model", "saes", "sae_release", "sae_id", "layers", "prompts", "columns", "label", "limit", "datasets"),
+        *("protocol", "full", "k", "methods", "draws", "factors", "values", "refusal_token", "best_layer"),
+        *("keep_unrefused", "system", "thinking", "chat_template", "max_new_tokens", "batch_size", "device"),
+        *("device_map", "dtype", "quantize", "trust_remote_code", "seed"),
     )
 )
 add_verb("run", run_chain, "Find the features behind refusal, edit them, measure what changes, write the report.")
@@ -180,6 +212,8 @@ def drive(
 
     if "columns" in values:
         values["columns"] = parse_columns(values["columns"])
+    if "layers" in values:
+        values["layers"] = parse_layers(values["layers"])
     made = options.make(values, config)
     # Its bars for loading weights would run into ours.
     transformers_logging.disable_progress_bar()
@@ -198,6 +232,17 @@ def parse_columns(text: str) -> dict[str, str]:
     return {key.strip(): own.strip() for key, _, own in pairs}
 
 
+def parse_layers(parts: list[str]) -> list[int]:
+    """`["3,7", "9-11"]` as layers 3, 7, 9, 10, 11. Raises ValueError for anything else."""
+    layers: set[int] = set()
+    for part in ",".join(parts).split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"--layers {part!r}: write layers as 9, or 3,7, or 3-7")
+        layers.update(range(int(first), int(last or first) + 1))
+    return sorted(layers)
+
+
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write the report of a run folder anew; needs no model."""
@@ -212,12 +257,13 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 @app.command()
 def models() -> None:
-    """List the models that have a preset."""
+    """List the models that have a preset: name, repository, SAEs, what was published of them."""
     with one_clear_line():
         from refusalscope.inputs import presets
 
         for name, preset in presets.presets().items():
-            print(f"{name:16}{preset['description']}")
+            first, *more = presets.described(preset)
+            print(f"{name:22}{first}", *(f"{'':22}{line}" for line in more), sep="\n")
 
 
 @data_app.command()

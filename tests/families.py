@@ -1,6 +1,6 @@
 """Tiny models of every family, of the real configuration classes, with random weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -105,3 +105,19 @@ def language_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.flo
         if parameter.dim() > 1:
             parameter.data.mul_(5)
     return made.to(dtype).eval()
+
+
+def scripted(ids: Sequence[int], *, after: int, ends: Sequence[int]) -> Any:
+    """A GPT-2 that writes `ids` after a prompt of `after` tokens, whatever it says: only positions reach its logits."""
+    size = after + len(ids) + 1
+    config = transformers.GPT2Config(vocab_size=320, n_positions=size, n_embd=2 * size, n_layer=2, n_head=1)
+    config.tie_word_embeddings = False
+    made = transformers.GPT2LMHeadModel(config)
+    for parameter in made.parameters():
+        parameter.data.zero_()
+    made.transformer.ln_f.weight.data.fill_(1.0)
+    made.transformer.wpe.weight.data[:, :size] = torch.eye(size)
+    for at, token in enumerate(ids):
+        made.lm_head.weight.data[token, after - 1 + at] = 1.0
+    made.generation_config.eos_token_id = list(ends)
+    return made.eval()

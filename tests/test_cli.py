@@ -111,8 +111,21 @@ def test_a_folder_that_holds_no_prompts(places: Places, here: Path) -> None:
     assert "has no folder 'processed'" in refuse("run", places.model, "--saes", places.saes, "--prompts", ".")
 
 
-def test_a_model_without_prompts_of_its_own(places: Places, here: Path) -> None:
-    assert "name some with --prompts" in refuse("run", places.model, "--saes", places.saes)
+def test_prompts_that_cannot_be_fetched(places: Places, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    line = refuse("run", places.model, "--saes", places.saes)
+    assert re.search(r"cannot download https://\S+: .*; or name prompts of your own with --prompts", line)
+    assert not (here / "data").exists()
+
+
+def test_prompts_are_fetched_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(name: str, folder: Path, **_: object) -> None:
+        (folder / name).mkdir(parents=True)
+
+    monkeypatch.setattr("refusalscope.inputs.fetch.fetch", fetched)
+    for _ in range(2):
+        assert job.common_prompts(lambda *_: None) == Path("data/refusal_direction")
+    assert [path.name for path in Path("data").iterdir()] == ["refusal_direction"]
 
 
 CONTRADICTIONS = {
@@ -123,6 +136,13 @@ CONTRADICTIONS = {
     "columns half given": (["--prompts", "mine.csv", "--columns", "text=q,label="], "write text=NAME"),
     "k below 1": (["--k", 0], "--k: Input should be greater than or equal to 1"),
     "too few draws": (["--draws", 2], "--draws: Input should be greater than or equal to 3"),
+    "SAEs named twice": (["--saes", "a", "--sae-release", "b"], "--saes and --sae-release both name SAEs"),
+    "an id without a release": (["--saes", "a", "--sae-id", "b"], "--sae-id chooses among a release's SAEs"),
+    "layers of no shape": (["--layers", "3-x"], "--layers '3-x': write layers as 9, or 3,7, or 3-7"),
+    "layers without an SAE": (["--layers", "6-9"], "has SAEs for layers [0, 1, 2, 3, 4, 5, 6, 7]"),
+    "a map on one device": (["--device-map", "auto", "--device", "cpu"], "--device-map auto splits a model over CUDA"),
+    "no such thinking": (["--thinking", "hard"], "--thinking: Input should be 'off' or 'on'"),
+    "no such template": (["--chat-template", "none.jinja"], "--chat-template none.jinja cannot be read"),
     "no such device": (["--device", "tpu"], "--device: Input should be 'auto', 'cpu', 'cuda' or 'mps'"),
     "no such label": (["--label", "bad"], "--label: Input should be 'harmful', 'harmless' or 'look-alike'"),
 }
@@ -277,10 +297,20 @@ def test_a_model_in_a_relative_folder_gets_a_folder_below_runs(
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8)
 column = st.text(st.sampled_from("qt_ é"), min_size=1).map(lambda name: f"c{name}c")
-own_options = st.fixed_dictionaries(
+sae_options = st.one_of(
+    st.fixed_dictionaries({"saes": words}),
+    st.fixed_dictionaries({}, optional={"sae_release": words, "sae_id": words}),
+)
+other_options = st.fixed_dictionaries(
     {},
     optional={
-        "saes": words,
+        "layers": st.lists(st.integers(0, 99), min_size=1, unique=True).map(sorted).map(tuple),
+        "system": words,
+        "thinking": st.sampled_from(["off", "on"]),
+        "chat_template": words.map(lambda word: Path(f"{word}.jinja")),
+        "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
+        "quantize": st.sampled_from(["8bit", "4bit"]),
+        "trust_remote_code": st.booleans(),
         "prompts": words.map(lambda word: Path(f"data/{word}.csv")),
         "label": st.sampled_from(["harmful", "harmless", "look-alike"]),
         "limit": st.integers(1, 999),
@@ -300,6 +330,7 @@ own_options = st.fixed_dictionaries(
         "seed": st.integers(-5, 999),
     },
 )
+own_options = st.builds(lambda saes, others: {**saes, **others}, sae_options, other_options)
 columns = st.dictionaries(st.sampled_from(["text", "label", "category"]), column)
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refusalscope.core.encoding import normalise
 from refusalscope.core.types import Feature, FeatureSet
 from refusalscope.inputs.chat import Batch, ChatModel
 from refusalscope.inputs.saes import SaeBank
@@ -29,9 +30,10 @@ SET = FeatureSet("test", tuple(Feature(layer, index) for layer in (0, 2, 3) for 
 OTHER = FeatureSet("test", (Feature(1, 3), Feature(2, 40), Feature(2, 41)), (1.0,) * 3)
 
 
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> SaeBank:
-    return tiny.bank(tmp_path_factory.mktemp("saes"))
+@pytest.fixture(scope="module", params=[("jumprelu", "none"), ("topk", "layer_norm")], ids="-".join)
+def saes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SaeBank:
+    family, normalise = request.param
+    return tiny.bank(tmp_path_factory.mktemp("saes"), family=family, normalise=normalise)
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
@@ -70,7 +72,7 @@ edits = {
 def test_scaling_equals_decoding_edited_features_plus_error(
     saes: SaeBank, layer: int, chosen: set[int], number: float
 ) -> None:
-    def scaled(features: torch.Tensor) -> torch.Tensor:
+    def scaled(features: torch.Tensor, _scale: torch.Tensor) -> torch.Tensor:
         return features * number
 
     _equals_decoding(saes, layer, chosen, scaled, lambda wanted: ScaleFeatures(wanted, number))
@@ -81,8 +83,8 @@ def test_scaling_equals_decoding_edited_features_plus_error(
 def test_setting_equals_decoding_the_constant_plus_error(
     saes: SaeBank, layer: int, chosen: set[int], number: float
 ) -> None:
-    def constant(features: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(features, number)
+    def constant(features: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return (number * scale).expand_as(features)
 
     _equals_decoding(saes, layer, chosen, constant, lambda wanted: SetFeatures(wanted, number))
 
@@ -91,7 +93,7 @@ def _equals_decoding(
     saes: SaeBank,
     layer: int,
     chosen: set[int],
-    change: Callable[[torch.Tensor], torch.Tensor],
+    change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     intervention: Callable[[FeatureSet], Intervention],
 ) -> None:
     """The edit is the SAE's decoding of changed features plus its error on the unchanged ones."""
@@ -100,7 +102,7 @@ def _equals_decoding(
     features = sae.encode(residual)
     error = residual - sae.decode(features, residual)
     edited = features.clone()
-    edited[..., sorted(chosen)] = change(features[..., sorted(chosen)])
+    edited[..., sorted(chosen)] = change(features[..., sorted(chosen)], normalise(residual, sae.normalisation).scale)
     wanted = FeatureSet("test", tuple(Feature(layer, i) for i in sorted(chosen)), (1.0,) * len(chosen))
     made = editor(intervention(wanted), layers=4, slices=saes.slices(wanted.by_layer()))
     batch = Batch(("a", "b"), torch.full((2, 5), int(Role.INSTRUCTION)))

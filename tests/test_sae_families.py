@@ -16,9 +16,11 @@ from refusalscope.core.types import Feature, FeatureSet, SaeSlice
 from refusalscope.inputs.chat import Batch
 from refusalscope.inputs.saes import LayerSae, SaeBank
 from refusalscope.inputs.template import Role
-from refusalscope.mechanism import attribution
+from refusalscope.mechanism import attribution, features
 from refusalscope.mechanism.attribution import attribute, gauss_legendre, layer_totals, left_riemann, sound, trace
+from refusalscope.mechanism.features import Residuals
 from refusalscope.mechanism.interventions import Intervention, ScaleFeatures, SetFeatures, editor
+from refusalscope.pipeline import select
 from tests import naive, tiny
 
 NORMALISATIONS = (
@@ -29,7 +31,6 @@ NORMALISATIONS = (
     "covariance_whitening",
 )
 CHOSEN = [90, 3, 17, 4, 55, 61]
-NEAR = 1e-5
 
 every = pytest.mark.parametrize(
     ("family", "subtract", "normalise"),
@@ -75,9 +76,9 @@ def test_encoding_decoding_and_slices_equal_saelens(
     residual = residuals(dtype)
     expected = naive.in_residual_units(theirs, residual)
     decoded = theirs.decode(theirs.encode(residual))
-    features = sae.encode(residual)
-    assert_near(features, expected, residual, 1e-5)
-    assert_near(sae.decode(features, residual), decoded, residual, 1e-5)
+    active = sae.encode(residual)
+    assert_near(active, expected, residual, 1e-5)
+    assert_near(sae.decode(active, residual), decoded, residual, 1e-5)
     assert_near(sae.reconstruct(residual), decoded, residual, 1e-5)
     part = sae.slice(CHOSEN)
     assert_near(part.encode(residual), expected[..., CHOSEN], residual, 1e-5)
@@ -147,7 +148,7 @@ def test_a_part_of_a_topk_slice_shares_its_encoder(tmp_path: Path) -> None:
     assert torch.equal(part.encode(residuals()), whole.encode(residuals())[..., [2, 0]])
 
 
-def test_a_topk_slice_encodes_any_number_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_topk_slice_encodes_any_number_of_tokens(tmp_path: Path) -> None:
     sae, _ = ours_and_theirs(tmp_path, family="topk")
     part, residual = sae.slice(CHOSEN), residuals()
     many = residual.view(-1, 32).repeat(CHUNK // 35 + 2, 1)
@@ -218,7 +219,7 @@ def test_totals_are_the_attributions_summed_and_the_rest_of_the_way(family: str,
         entries = attribution.layer_entries(saes.layer(layer), [part], None)[0]
         listed = torch.zeros(len(part.prompt_ids)).index_add_(0, entries.prompt, entries.value)
         torch.testing.assert_close(listed, totals.features, atol=1e-3, rtol=1e-3)
-        way = ((part.patched - part.clean) * part.gradient)[layer].sum(-1)[..., None].squeeze(-1)
+        way = ((part.patched - part.clean) * part.gradient)[layer].sum(-1)
         whole = (way * (part.roles != Role.PADDING)).sum(1)
         torch.testing.assert_close(totals.features + totals.error, whole, atol=1e-3, rtol=1e-3)
 
@@ -232,6 +233,27 @@ def test_a_factor_that_is_missing_is_noted(normalise: str, tmp_path: Path) -> No
     if normalise == "expected_average_only_in":
         theirs.fold_activation_norm_scaling_factor(0.5)
         assert SaeBank({0: lambda: theirs}, identity="tiny").layer(0).note == ""
+
+
+def test_notes_say_which_layers_have_saes_and_how_they_are_read() -> None:
+    assert select._sae_notes(range(4), 4, {}) == []
+    assert select._sae_notes((1, 3), 4, {"is read unscaled": [1, 3]}) == [
+        "SAEs exist for layers 1, 3 of 4: features of other layers cannot be chosen.",
+        "The SAE of layer 1, 3 is read unscaled.",
+    ]
+
+
+def test_features_are_set_to_shares_of_their_own_units() -> None:
+    """What is typical of a feature does not depend on how far the SAE's units are from the residual's."""
+    part = SaeSlice(
+        *(0, torch.tensor([0]), torch.eye(4)[:, :1], torch.zeros(1), torch.zeros(1), torch.eye(4)[:1]),
+        normalisation="constant_norm_rescale",
+    )
+    read = Residuals(
+        ("a", "b"), torch.tensor([0, 0, 1]), {0: torch.tensor([[8.0, 0, 0, 0], [3, 4, 0, 0], [0, 2, 0, 0]])}
+    )
+    assert features.highest(part, read, encode=part.encode_own).tolist() == [[2.0], [0.0]]
+    assert features.highest(part, read).tolist() == [[8.0], [0.0]]
 
 
 def named(hook: str | None, **metadata: Any) -> Any:
@@ -305,9 +327,10 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("family", UNSUPPORTED)
-def test_other_families_are_refused_by_name(family: str) -> None:
+def test_other_families_are_refused_by_name(family: str, tmp_path: Path) -> None:
     from sae_lens.registry import get_sae_class
 
     made, configuration = get_sae_class(family)
+    made(configuration(d_in=32, d_sae=64, **UNSUPPORTED[family])).save_model(tmp_path)
     with pytest.raises(ValueError, match=f"family '{family}': supported are standard, jumprelu, gated, topk"):
-        opened(made(configuration(d_in=32, d_sae=64, **UNSUPPORTED[family])))
+        SaeBank.from_folders({3: tmp_path}, identity="tiny").layer(3)

@@ -77,13 +77,13 @@ def test_shipped_saes_equal_saelens_on_the_shipped_models_residuals() -> None:
     from refusalscope.inputs import presets, prompts
     from refusalscope.inputs.chat import ChatModel
 
-    target = presets.resolve("testbed", None)
+    target = presets.resolve("testbed")
     model = ChatModel.load(target.model, name="testbed", identity="test", device="cpu")
     tokens = model.tokens(prompts.from_testbed(count=4, full=False).evaluation["harmful"])
-    bank = SaeBank.from_folders(target.sae_folders, identity="test")
+    bank = SaeBank.from_source(target.saes)
     assert bank.layers == tuple(range(8))
     for layer, residual in model.run(tokens, keep=bank.layers).residuals.items():
-        theirs = SAE.load_from_disk(target.sae_folders[layer], dtype="float32")
+        theirs = SAE.load_from_disk(target.saes.names[layer], dtype="float32")
         features = theirs.encode(residual)
         active = features.flatten(0, 1).sum(0).topk(30).indices.tolist()
         torch.testing.assert_close(bank.layer(layer).encode(residual), features)

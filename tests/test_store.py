@@ -94,6 +94,11 @@ NOUNS: dict[str, Any] = {
     "trace that ends elsewhere": trace(torch.randn(2, 3, 4, 8).bfloat16()),
     "scores": Scores("attribution", ("a", "b"), (Feature(3, 1), Feature(0, 2)), torch.randn(2, 2)),
     "slice": SaeSlice(2, torch.tensor([5, 1]), torch.randn(4, 2), torch.randn(2), torch.zeros(2), torch.randn(2, 4)),
+    "slice of features that compete": SaeSlice(
+        *(2, torch.tensor([5, 1]), torch.randn(4, 7), torch.randn(7), torch.zeros(2), torch.randn(2, 4)),
+        active=3,
+        normalisation="layer_norm",
+    ),
     "features": FeatureSet("cosine", (Feature(1, 2), Feature(0, 9)), (0.5, NaN), "abc"),
     "no features": FeatureSet("none", (), ()),
     "finding": FINDING,

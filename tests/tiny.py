@@ -1,5 +1,6 @@
 """Tiny real models, tokenizers and SAEs, made on the spot in the real formats: random weights, nothing mocked."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,26 @@ TEXTS = [
 FAMILIES = ("gemma2", "llama", "qwen2")
 
 
-def tokenizer(template: str | None = TEMPLATE) -> Any:
-    """A byte-level BPE of 320 tokens with Gemma-like turns."""
+def tokenizer(
+    template: str | None = TEMPLATE,
+    *,
+    special: Sequence[str] = SPECIAL,
+    bos: str | None = "<bos>",
+    eos: str = "<end_of_turn>",
+    added: Sequence[str] = (),
+) -> Any:
+    """A byte-level BPE of 320 tokens, with Gemma-like turns unless told otherwise; `added` tokens are not special."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = ByteLevelDecoder()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    size = 320 - len(added)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(special), initial_alphabet=alphabet)
     made.train_from_iterator(TEXTS * 20, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<bos>", eos_token="<end_of_turn>", pad_token="<pad>"
-    )
-    fast.add_special_tokens({"additional_special_tokens": ["<start_of_turn>"]})
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos, pad_token="<pad>")
+    rest = [token for token in special if token not in ("<pad>", bos, eos)]
+    fast.add_special_tokens({"additional_special_tokens": rest})
+    fast.add_tokens(list(added))
     fast.chat_template = template
     return fast
 

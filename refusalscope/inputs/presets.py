@@ -1,19 +1,22 @@
-"""What a model name on the command line means: a preset of the table, or a folder on disk."""
+"""What a model name on the command line means: a preset of the table, a Hugging Face repository, a folder on disk."""
 
 import difflib
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from refusalscope.inputs import hub, releases
+from refusalscope.inputs.releases import SaeSource
 from refusalscope.testbed import shipped
 
 FACTORS = (0.5, 0.0, -0.5, -1.0, -2.0, -3.0)
 MAX_NEW_TOKENS = 256
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -21,18 +24,28 @@ class Target:
     """A model to study, its SAEs, and the settings that belong to it."""
 
     name: str
-    model: Path
-    sae_folders: dict[int, Path]
+    model: str
+    """A Hugging Face repository, or the folder of a checkpoint."""
+    revision: str | None
+    """The commit of the repository; None for a folder."""
+    saes: SaeSource
     prompts: str | None
     """The model's own prompt source (`testbed`), or None."""
     max_new_tokens: int
     factors: tuple[float, ...]
+    published_factor: float | None
     published_skip: int
     """Leading tokens that the published token mask leaves out: BOS alone, 26 for Llama 3."""
+    refusal_tokens: tuple[str, ...]
+    """Published; empty: they are found."""
+    best_layer: int | None
+    """Published; None: it is chosen on validation prompts."""
     values: tuple[float, ...]
     """What features are set to when refusal is induced; empty: derive them from the features' activations."""
+    neuronpedia: str | None
+    """Neuronpedia's name of the SAEs, with {layer}."""
     identity: str
-    """SHA-256 over the model's and the SAEs' files: it changes whenever a weight does."""
+    """Sixteen digits that change whenever a weight of the model or of its SAEs does."""
 
 
 def presets() -> dict[str, Any]:
@@ -40,67 +53,117 @@ def presets() -> dict[str, Any]:
     return tomllib.loads((files("refusalscope.inputs") / "presets.toml").read_text("utf-8"))
 
 
-def resolve(name: str, saes: str | None) -> Target:
-    """The target that `name` stands for; `saes` is a folder pattern with {layer} and overrides the preset's.
+def described(preset: dict[str, Any]) -> list[str]:
+    """A preset in a few lines: what it is, where it comes from, what was published of it."""
+    words = {
+        "refusal_tokens": "first token of refusals {0[0]!r}",
+        "best_layer": "direction of layer {0}",
+        "published_factor": "features scaled by {0:g}",
+        "values": "features set to {0}",
+    }
+    lines = [preset["description"]]
+    if "sae_release" in preset:
+        lines.append(f"{preset['model']}, SAEs {preset['sae_release']} {preset['sae_id']}")
+    if told := [text.format(preset[key]) for key, text in words.items() if key in preset]:
+        lines.append(f"published: {', '.join(told)}")
+    if "neuronpedia" in preset:
+        lines.append(f"Neuronpedia: {preset['neuronpedia']}")
+    return lines
 
-    Raises ValueError when there is no such model (naming near ones), or no SAE folder fits, or an asset is damaged.
+
+def resolve(
+    name: str,
+    *,
+    saes: str | None = None,
+    sae_release: str | None = None,
+    sae_id: str | None = None,
+    layers: Sequence[int] | None = None,
+) -> Target:
+    """The target that `name` stands for; the options override the preset's SAEs, `layers` restricts them.
+
+    Raises ValueError when there is no such model (naming near ones), no SAE fits, or an asset is damaged.
     """
-    table = presets()
-    preset = table.get(name)
-    if preset is None and not (Path(name) / "config.json").is_file():
-        near = difflib.get_close_matches(name, table, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(
-            f"unknown model {name!r}: {hint}Known are {', '.join(table)}; "
-            "or give the folder of a Hugging Face checkpoint (with a config.json) and --saes"
-        )
-    model = Path(name) if preset is None else _path(preset["model"])
-    pattern = saes or (None if preset is None else preset["saes"])
-    if pattern is None:
-        raise ValueError(
-            f"model {name}: name its SAEs with --saes FOLDER, with {{layer}} where the layer's number stands"
-        )
-    if model.is_relative_to(shipped.ASSETS):
-        shipped.verify()
-    folders = _sae_folders(str(_path(pattern)))
-    settings = preset or {}
+    preset = presets().get(name, {})
+    model = _model(name, preset)
+    chosen = _saes(name, preset, saes, sae_release, sae_id)
+    if layers is not None:
+        chosen = chosen.only(layers)
+    if _is_folder(model):
+        if Path(model).is_relative_to(shipped.ASSETS):
+            shipped.verify()
+        revision, weights = None, releases.digest([Path(model)])
+    else:
+        revision = weights = _commit(name, model)
     return Target(
-        name=name if preset is not None else model.resolve().name,
+        name=name if preset or not _is_folder(model) else Path(model).resolve().name,
         model=model,
-        sae_folders=folders,
-        prompts=settings.get("prompts"),
-        max_new_tokens=settings.get("max_new_tokens", MAX_NEW_TOKENS),
-        factors=tuple(settings.get("factors", FACTORS)),
-        published_skip=settings.get("published_skip", 1),
-        values=tuple(settings.get("values", ())),
-        identity=_digest([model, *folders.values()]),
+        revision=revision,
+        saes=chosen,
+        prompts=preset.get("prompts"),
+        max_new_tokens=preset.get("max_new_tokens", MAX_NEW_TOKENS),
+        factors=tuple(preset.get("factors", FACTORS)),
+        published_factor=preset.get("published_factor"),
+        published_skip=preset.get("published_skip", 1),
+        refusal_tokens=tuple(preset.get("refusal_tokens", ())),
+        best_layer=preset.get("best_layer"),
+        values=tuple(preset.get("values", ())),
+        neuronpedia=preset.get("neuronpedia") if (saes or sae_release) is None else None,
+        identity=hashlib.sha256(f"{weights}\n{chosen.identity}\n{list(chosen.names)}".encode()).hexdigest()[:16],
     )
 
 
-def _path(text: str) -> Path:
+def _model(name: str, preset: dict[str, Any]) -> str:
+    if preset:
+        return _path(preset["model"])
+    if _is_folder(name) or (_REPOSITORY.fullmatch(name) and not Path(name).exists()):
+        return name
+    table = presets()
+    near = difflib.get_close_matches(name, table, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(
+        f"unknown model {name!r}: {hint}Known are {', '.join(table)}; or give a Hugging Face repository (owner/name) "
+        "or the folder of a checkpoint (with a config.json), and its SAEs with --sae-release or --saes"
+    )
+
+
+def _commit(name: str, repository: str) -> str:
+    try:
+        return hub.snapshot(repository, "config.json").name
+    except ValueError as error:
+        nor = f"; nor is there a folder {name} with a config.json" if name == repository else ""
+        raise ValueError(f"{error}{nor}") from error
+
+
+def _saes(
+    name: str, preset: dict[str, Any], saes: str | None, sae_release: str | None, sae_id: str | None
+) -> SaeSource:
+    if saes is not None:
+        return _from_pattern(saes)
+    if sae_release is not None:
+        return releases.from_release(sae_release, sae_id)
+    if "saes" in preset:
+        return _from_pattern(_path(preset["saes"]))
+    if "sae_release" in preset:
+        return releases.from_release(preset["sae_release"], sae_id or preset.get("sae_id"))
+    known = [] if _is_folder(name) else releases.releases_for(name)
+    hint = f"; SAELens knows {', '.join(known)} for it" if known else ""
+    raise ValueError(
+        f"model {name}: name its SAEs with --saes FOLDER, {{layer}} where the layer's number stands, or with "
+        f"--sae-release{hint}"
+    )
+
+
+def _from_pattern(text: str) -> SaeSource:
+    repository, colon, _ = text.partition(":")
+    if colon and _REPOSITORY.fullmatch(repository):
+        return releases.from_repository(text)
+    return releases.from_folders(text)
+
+
+def _is_folder(model: str) -> bool:
+    return (Path(model) / "config.json").is_file()
+
+
+def _path(text: str) -> str:
     inside = text.removeprefix("package:")
-    return Path(str(files("refusalscope"))) / inside if inside != text else Path(text)
-
-
-def _sae_folders(pattern: str) -> dict[int, Path]:
-    if "{layer}" not in pattern:
-        raise ValueError(f"--saes {pattern}: write {{layer}} where the layer's number stands in the folder names")
-    head, tail = pattern.split("{layer}", 1)
-    shape = re.compile(re.escape(head) + r"(\d+)" + re.escape(tail))
-    parent = Path(head).parent if not head.endswith("/") else Path(head)
-    depth = len(Path(pattern).relative_to(parent).parts)
-    matches = ((shape.fullmatch(str(path)), path) for path in parent.glob("/".join("*" * depth)))
-    found = {int(match[1]): path for match, path in matches if match and (path / "cfg.json").is_file()}
-    if not found:
-        raise ValueError(f"no SAE folder (with a cfg.json) fits {pattern}")
-    return dict(sorted(found.items()))
-
-
-def _digest(folders: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for folder in folders:
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            digest.update(f"{file.relative_to(folder)}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return str(files("refusalscope")) + "/" + inside if inside != text else text

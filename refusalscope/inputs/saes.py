@@ -6,16 +6,17 @@ is offered here in residual units (`core/encoding.py`), whatever the family. Kno
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 
 from refusalscope.core.encoding import CHUNK, Normalisation, normalise
 from refusalscope.core.types import SaeSlice
+from refusalscope.inputs.releases import SaeSource, open_folder
 
 FAMILIES = ("standard", "jumprelu", "gated", "topk")
 """By SAELens's names. Batch top-k and matryoshka SAEs are saved as jumprelu."""
@@ -128,8 +129,14 @@ class SaeBank:
     @classmethod
     def from_folders(cls, folders: Mapping[int, Path], *, identity: str, device: str = "cpu") -> "SaeBank":
         """A bank of SAELens folders (`cfg.json`, `sae_weights.safetensors`) by layer."""
-        loaders = {layer: _folder_loader(folder, device) for layer, folder in folders.items()}
+        loaders = {layer: partial(open_folder, folder, device) for layer, folder in folders.items()}
         return cls(loaders, identity=identity)
+
+    @classmethod
+    def from_source(cls, source: SaeSource, *, device: str = "cpu") -> "SaeBank":
+        """A bank of a release, a repository or folders (see `releases`)."""
+        loaders = {layer: partial(load, device) for layer, load in source.loaders.items()}
+        return cls(loaders, identity=source.identity)
 
     def layer(self, layer: int) -> LayerSae:
         """The SAE of `layer`; the one asked for before is let go first."""
@@ -152,19 +159,6 @@ class SaeBank:
     def slices(self, features: Mapping[int, Sequence[int]]) -> dict[int, SaeSlice]:
         """Layer -> slice, opening one layer after the other."""
         return {layer: self.layer(layer).slice(indices) for layer, indices in sorted(features.items())}
-
-
-def _folder_loader(folder: Path, device: str) -> Callable[[], Any]:
-    def load() -> Any:
-        from sae_lens import SAE
-
-        try:
-            # float32 whatever the file holds: a threshold rounded to bfloat16 moves features on and off.
-            return SAE.load_from_disk(folder, device=device, dtype="float32")
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise ValueError(f"cannot load an SAE in SAELens's format from {folder}: {error}") from error
-
-    return load
 
 
 def _prepared(sae: Any, layer: int) -> Any:

@@ -7,7 +7,7 @@ what follows is the first token of an answer; answers are asked for in the mode 
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from datetime import date
+from datetime import datetime
 from enum import IntEnum
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
@@ -17,8 +17,14 @@ from refusalscope.core.types import Response
 SENTINEL = "refusalscope-user-text"
 SYSTEM_SENTINEL = "refusalscope-system-text"
 ANSWER_SENTINEL = "refusalscope-answer-text"
-DATE = date(2024, 7, 26)
+DATE = datetime(2024, 7, 26)
 """What templates that stamp the day are told, so that a run renders the same whenever it is made."""
+CLOCK = "strftime_now"
+"""The function by which they ask. Renderers take plain data only, so ours is a macro written before the template."""
+FORMS = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBdeFHIjmMpSTuwyY"))
+CLOCK_MACRO = "{% macro strftime_now(form) %}{{ form CHANGES }}{% endmacro %}\n".replace(
+    "CHANGES", " ".join(f"| replace('{form}', '{DATE.strftime(form)}')" for form in FORMS)
+)
 SWITCH = "enable_thinking"
 """The variable by which templates switch reasoning on and off."""
 
@@ -108,7 +114,8 @@ class ChatTemplate:
         if not tokenizer.is_fast:
             raise ValueError(f"{name} has a slow tokenizer without character offsets: save a tokenizer.json for it")
         self.about: dict[str, str] = {}
-        self._source: str = tokenizer.get_chat_template(self.style.template)
+        source: str = tokenizer.get_chat_template(self.style.template)
+        self._source = CLOCK_MACRO + source if CLOCK in source else source
         self._special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         self._bos = tokenizer.bos_token_id
         self._adds_bos = self._bos is not None and tokenizer("a").input_ids[0] == self._bos
@@ -168,18 +175,9 @@ class ChatTemplate:
         return reasoning.removesuffix(marks.ends), ids[start:]
 
     def _apply(self, chat: list[dict[str, str]], *, prompt: bool = True, thinking: Thinking = "off") -> str:
-        def strftime_now(form: str) -> str:
-            self.about["date"] = DATE.strftime("%d %b %Y")
-            return DATE.strftime(form)
-
         settings: dict[str, Any] = {SWITCH: thinking == "on"} if SWITCH in self._source else {}
         return self.tokenizer.apply_chat_template(
-            chat,
-            chat_template=self._source,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            strftime_now=strftime_now,
-            **settings,
+            chat, chat_template=self._source, tokenize=False, add_generation_prompt=prompt, **settings
         )
 
     def _chat(self, text: str) -> list[dict[str, str]]:
@@ -251,6 +249,8 @@ class ChatTemplate:
         return token in self.tokenizer.added_tokens_decoder
 
     def _record(self) -> None:
+        if CLOCK in self._source:
+            self.about["date"] = DATE.strftime("%d %b %Y")
         if self._marks is not None:
             self.about["thinking"] = self.style.thinking
         if self._folds_system and self.style.system:

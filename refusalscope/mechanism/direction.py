@@ -259,9 +259,9 @@ def _override_caveats(
         raise ValueError(f"--best-layer {best_layer}: {model.name} has layers 0 to {len(model.layers) - 1}")
     notes = []
     if refusal_tokens:
-        notes.append(f"The refusal tokens {model.decode(refusal_tokens)} were given by hand, not found.")
+        notes.append(f"The refusal tokens {model.decode(refusal_tokens)} were given, not found.")
     if best_layer is not None:
-        notes.append(f"Layer {best_layer} was given by hand, not chosen on validation prompts.")
+        notes.append(f"Layer {best_layer} was given, not chosen on validation prompts.")
     if keep_unrefused:
         notes.append("Prompts whose first token contradicts their label were kept.")
     return tuple(notes)

@@ -24,14 +24,14 @@ class Fitted:
 def fit(job: Job) -> Fitted:
     """Find the direction on the prompts given, or, when too few of them are refused, on the model's own."""
     sources = {"given": job.sets} if job.sets.fitting else {}
-    if job.options.prompts is not None and job.target.prompts is not None:
+    if job.prompts is not None and job.target.prompts is not None:
         sources["own"] = prompts.from_testbed(count=1, full=False)
     if not sources:
         raise ValueError(
-            f"{job.options.prompts} holds no train split (at least 48 harmful and 48 harmless prompts are needed) and "
+            f"{job.prompts} holds no train split (at least 48 harmful and 48 harmless prompts are needed) and "
             f"{job.target.name} has no prompts of its own: give more prompts"
         )
-    overrides = (job.options.refusal_token, job.options.best_layer, job.options.keep_unrefused, job.options.protocol)
+    overrides = (job.refusal_tokens, job.best_layer, job.options.keep_unrefused, job.options.protocol)
     key = job.key("direction", {name: dict(s.fitting) for name, s in sources.items()}, overrides)
     if not (job.store.has("direction.safetensors", key) and job.store.has("fitting.json", key)):
         found, source, notes = _find(job, sources)
@@ -47,11 +47,9 @@ def fit(job: Job) -> Fitted:
 
 
 def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Direction, str, list[str]]:
-    notes: list[str] = []
+    notes = _published(job)
     if "given" not in sources:
-        notes.append(
-            f"{job.options.prompts} has no train split: direction and features come from the model's own prompts."
-        )
+        notes.append(f"{job.prompts} has no train split: direction and features come from the model's own prompts.")
     for name, source in sources.items():
         try:
             found = direction.find(
@@ -60,7 +58,7 @@ def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Directio
                 batch_size=job.size("direction"),
                 is_refusal=lambda text: bool(judges.refused_by_phrase(text).score),
                 refusal_tokens=_token_ids(job),
-                best_layer=job.options.best_layer,
+                best_layer=job.best_layer,
                 keep_unrefused=job.options.keep_unrefused,
                 published=job.options.protocol == "paper",
                 progress=job.progress,
@@ -69,16 +67,26 @@ def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Directio
             if name == list(sources)[-1]:
                 raise
             notes.append(
-                f"Direction and features were fitted on the model's own prompts, not on {job.options.prompts}: {error}."
+                f"Direction and features were fitted on the model's own prompts, not on {job.prompts}: {error}."
             )
             continue
         return found, name, notes
     raise AssertionError("a source either fits or raises")
 
 
+def _published(job: Job) -> list[str]:
+    """Which of the preset's published settings this run goes by."""
+    used = []
+    if job.target.refusal_tokens and not job.options.refusal_token:
+        used.append(f"the refusal tokens {', '.join(job.target.refusal_tokens)}")
+    if job.target.best_layer is not None and job.options.best_layer is None:
+        used.append(f"layer {job.target.best_layer} for the direction")
+    return [f"Published settings of {job.target.name} are used: {' and '.join(used)}."] if used else []
+
+
 def _token_ids(job: Job) -> list[int]:
     ids = []
-    for text in job.options.refusal_token:
+    for text in job.refusal_tokens:
         found = job.model.tokenizer(text, add_special_tokens=False).input_ids
         if len(found) != 1:
             raise ValueError(f"--refusal-token {text!r} is {len(found)} tokens of {job.target.name}, not one")

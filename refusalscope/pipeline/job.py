@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
 from refusalscope.core.types import Prompts
-from refusalscope.inputs import presets, prompts
+from refusalscope.inputs import fetch, presets, prompts
 from refusalscope.inputs.chat import ChatModel, choose_device
 from refusalscope.inputs.saes import SaeBank
+from refusalscope.inputs.template import ChatStyle
 from refusalscope.pipeline import options as run_options
 from refusalscope.pipeline.environment import describe, versions
 from refusalscope.pipeline.options import Options
@@ -26,6 +27,8 @@ LARGEST_BATCH = 64
 VALUE_SHARES = (0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
 """Of a set's mean largest activation on harmful prompts: small ones too, since the whole mean breaks the text."""
 TOO_LONG = "too_long.json"
+COMMON_PROMPTS = Path("data/refusal_direction")
+"""Where the prompts lie that are used when neither the options nor the preset name any."""
 
 
 class Job:
@@ -37,9 +40,17 @@ class Job:
     def __init__(self, options: Options, folder: Path, progress: Progress = lambda *_: None) -> None:
         self.options = options
         self.progress = progress
-        self.target = presets.resolve(options.model, options.saes)
+        self.target = presets.resolve(
+            options.model,
+            saes=options.saes,
+            sae_release=options.sae_release,
+            sae_id=options.sae_id,
+            layers=options.layers,
+        )
+        self._style = ChatStyle(options.system, options.thinking, read_template(options.chat_template))
         self.store = Store(folder)
-        self._given = load_prompts(options, self.target)
+        self.prompts = options.prompts or (None if self.target.prompts else common_prompts(progress))
+        self._given = load_prompts(options, self.prompts)
         self._recorded = run_options.recorded(folder, options)
         self._stage = ""
         self._started = time.monotonic()
@@ -47,15 +58,30 @@ class Job:
 
     @cached_property
     def model(self) -> ChatModel:
-        target = self.target
-        loaded = ChatModel.load(target.model, name=target.name, identity=target.identity, device=self.options.device)
+        target, options = self.target, self.options
+        loaded = ChatModel.load(
+            target.model,
+            name=target.name,
+            identity=target.identity,
+            revision=target.revision,
+            device=options.device,
+            dtype=options.dtype,
+            quantize=options.quantize,
+            device_map=options.device_map,
+            style=self._style,
+            trust_remote_code=options.trust_remote_code,
+        )
+        if beyond := [layer for layer in target.saes.names if layer >= len(loaded.layers)]:
+            raise ValueError(
+                f"{target.saes.where} has SAEs for layers {beyond}, but {target.name} has layers 0 to "
+                f"{len(loaded.layers) - 1}: choose SAEs trained on this model"
+            )
         self.saes.check(loaded.width, target.name)
         return loaded
 
     @cached_property
     def saes(self) -> SaeBank:
-        folders = self.target.sae_folders
-        return SaeBank.from_folders(folders, identity=self.target.identity, device=self.device)
+        return SaeBank.from_source(self.target.saes, device=self.device)
 
     @cached_property
     def sets(self) -> prompts.PromptSets:
@@ -68,7 +94,10 @@ class Job:
         """What was chosen once for this folder and is reused whenever it is resumed."""
         if self._recorded is not None:
             return self._recorded
-        return {"batch_size": self.options.batch_size or choose_batch_size(self.model)}
+        return {
+            "batch_size": self.options.batch_size or choose_batch_size(self.model),
+            "chat": self.model.template.about,
+        }
 
     @property
     def device(self) -> str:
@@ -80,7 +109,20 @@ class Job:
 
     @property
     def factors(self) -> tuple[float, ...]:
+        published = self.target.published_factor
+        if self.options.protocol == "paper" and published is not None:
+            return self.options.factors or (published,)
         return self.options.factors or self.target.factors
+
+    @property
+    def refusal_tokens(self) -> tuple[str, ...]:
+        """Given or published; empty: they are to be found."""
+        return self.options.refusal_token or self.target.refusal_tokens
+
+    @property
+    def best_layer(self) -> int | None:
+        """Given or published; None: it is to be chosen."""
+        return self.target.best_layer if self.options.best_layer is None else self.options.best_layer
 
     def values(self, typical: float) -> tuple[float, ...]:
         """Values that features are set to: those given, else shares of what is typical of them, three digits each."""
@@ -89,7 +131,8 @@ class Job:
 
     def key(self, stage: str, *inputs: Any) -> str:
         """Cache key of a stage: the model, the versions and batch size that shape its numbers, and its inputs."""
-        return fingerprint(stage, self.target.identity, versions(), self._size(stage), self.device, *inputs)
+        how = (self.device, self.options.dtype, self.options.quantize, self.options.device_map, self._style)
+        return fingerprint(stage, self.target.identity, versions(), self._size(stage), how, *inputs)
 
     def size(self, stage: str) -> int:
         """Prompts per batch of a stage that is about to run: the one whose size is halved if memory runs out."""
@@ -194,7 +237,7 @@ class Job:
 
     @property
     def _too_long_key(self) -> str:
-        return fingerprint(self.target.identity, self._given, self.max_new_tokens)
+        return fingerprint(self.target.identity, self._given, self.max_new_tokens, self._style)
 
     @cached_property
     def _too_long(self) -> dict[str, Any]:
@@ -220,7 +263,10 @@ class Job:
         """Record the environment, unless everything had been made before."""
         if self.store.made or not self.store.has("environment.json", ""):
             seconds = time.monotonic() - self._started
-            about = describe(device=self.device, seed=self.options.seed, seconds=seconds)
+            about = describe(device=self.device, seed=self.options.seed, seconds=seconds) | {
+                "model": f"{self.target.model}@{self.target.revision}" if self.target.revision else self.target.model,
+                "saes": {"source": self.target.saes.where, "layers": list(self.target.saes.names)},
+            }
             self.store.put("environment.json", "", about)
 
     def close(self) -> None:
@@ -228,27 +274,47 @@ class Job:
         self.store.claim.release()
 
 
-def load_prompts(options: Options, target: presets.Target) -> prompts.PromptSets:
-    """The prompts the options name, else the model's own. Raises ValueError when there are neither."""
-    sets = _all_prompts(options, target)
+def common_prompts(progress: Progress) -> Path:
+    """The `refusal_direction` collection: where it lies below the working folder, or fetched to there."""
+    if not COMMON_PROMPTS.is_dir():
+        # Renamed when it is whole, so that an interrupted download is not taken for a collection.
+        partly = COMMON_PROMPTS.with_suffix(".partial")
+        try:
+            fetch.fetch(COMMON_PROMPTS.name, partly, progress=progress)
+        except ValueError as error:
+            raise ValueError(f"{error}; or name prompts of your own with --prompts") from error
+        partly.rename(COMMON_PROMPTS)
+    return COMMON_PROMPTS
+
+
+def read_template(path: Path | None) -> str | None:
+    """A chat template's text. Raises ValueError, one line, when the file cannot be read."""
+    if path is None:
+        return None
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template {path} cannot be read: {error}") from error
+
+
+def load_prompts(options: Options, path: Path | None) -> prompts.PromptSets:
+    """The prompts of a file or folder, or the testbed's if None, as the options restrict them."""
+    sets = _all_prompts(options, path)
     if options.datasets is not None:
         sets = prompts.only(sets, options.datasets)
     return prompts.for_paper(sets) if options.protocol == "paper" else sets
 
 
-def _all_prompts(options: Options, target: presets.Target) -> prompts.PromptSets:
-    count = options.evaluation_count
-    path = options.prompts
+def _all_prompts(options: Options, path: Path | None) -> prompts.PromptSets:
     if path is None:
-        if target.prompts is None:
-            raise ValueError(f"model {target.name} has no prompts of its own: name some with --prompts")
         fewer = options.limit or prompts.TRAIN_COUNT
         return prompts.from_testbed(
-            count=count,
+            count=options.limit or 150,
             full=options.full,
             train=min(prompts.TRAIN_COUNT, max(32, fewer)),
             validation=min(prompts.VALIDATION_COUNT, max(16, fewer)),
         )
+    count = options.limit or 100  # of real sets the first 100, as published
     if path.is_dir():
         return prompts.from_refusal_direction(path, count=count, published_draw=options.protocol == "paper")
     return prompts.from_file(path, columns=options.columns, label=options.label, count=count)

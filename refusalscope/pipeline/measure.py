@@ -129,7 +129,7 @@ def describe_run(job: Job, fitted: Fitted) -> None:
 
 def refusal_notices(job: Job, finding: Finding | None) -> list[str]:
     """For prompts that are not the model's own: how few of the harmful ones it refuses to begin with."""
-    if job.options.prompts is None or finding is None:
+    if job.prompts is None or finding is None:
         return []
     notices = []
     for name, rows in job.sets.evaluation.items():
@@ -263,6 +263,8 @@ def provenance(job: Job, fitted: Fitted, chosen: Chosen | None) -> dict[str, Any
     return {
         "model": job.target.name,
         "model_and_saes": job.target.identity,
+        "saes": job.target.saes.where,
+        "chat": job.derived["chat"],
         "direction": fingerprint(fitted.direction),
         "features": {} if chosen is None else {name: fingerprint(made) for name, made in chosen.sets.items()},
         "versions": versions(),

@@ -26,6 +26,9 @@ class Options(BaseModel):
 
     model: str = "testbed"
     saes: str | None = None
+    sae_release: str | None = None
+    sae_id: str | None = None
+    layers: tuple[int, ...] | None = None
     prompts: Path | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     label: Literal["harmful", "harmless", "look-alike"] = "harmful"
@@ -41,9 +44,16 @@ class Options(BaseModel):
     refusal_token: tuple[str, ...] = ()
     best_layer: int | None = Field(default=None, ge=0)
     keep_unrefused: bool = False
+    system: str | None = None
+    thinking: Literal["off", "on"] = "off"
+    chat_template: Path | None = None
     max_new_tokens: int | None = Field(default=None, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device_map: Literal["auto"] | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal["8bit", "4bit"] | None = None
+    trust_remote_code: bool = False
     seed: int = 0
 
     @model_validator(mode="after")
@@ -54,6 +64,14 @@ class Options(BaseModel):
             raise ValueError("--full is the testbed's own grid of data sets: leave out --prompts or --full")
         if self.full and self.model != "testbed":
             raise ValueError("--full is the testbed's own grid of data sets: it needs the model testbed")
+        if self.saes is not None and self.sae_release is not None:
+            raise ValueError("--saes and --sae-release both name SAEs: leave one out")
+        if self.saes is not None and self.sae_id is not None:
+            raise ValueError("--sae-id chooses among a release's SAEs: leave out --saes, whose pattern does so itself")
+        if self.layers is not None and not self.layers:
+            raise ValueError("--layers needs at least one layer")
+        if self.device_map is not None and self.device in ("cpu", "mps"):
+            raise ValueError("--device-map auto splits a model over CUDA devices: leave out --device")
         if self.factors is not None and not self.factors:
             raise ValueError("--factor needs at least one value")
         if self.values is not None and not self.values:
@@ -81,11 +99,6 @@ class Options(BaseModel):
     @property
     def random_draws(self) -> int:
         return self.draws or (10 if self.full else 3)
-
-    @property
-    def evaluation_count(self) -> int:
-        """Prompts per evaluation set: 150 of the testbed's, of real sets the first 100 as published."""
-        return self.limit or (150 if self.prompts is None else 100)
 
 
 def make(values: dict[str, Any], config: Path | None) -> Options:

@@ -99,7 +99,10 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
         "sets": list(sets),
         "layers": list(slices),
         "typical": _typical(sets, slices, traces),
-        "notes": [*_sae_notes(job, reading.notes), *_notes(nodes, sets, job.options.sizes)],
+        "notes": [
+            *_sae_notes(job.saes.layers, len(job.model.layers), reading.notes),
+            *_notes(nodes, sets, job.options.sizes),
+        ],
     }
     # The index comes last: while it is missing, a killed stage is made again.
     job.store.put("features/index.json", key, index)
@@ -236,12 +239,11 @@ def _controls(job: Job, reading: Reading, named: Mapping[str, Choice]) -> dict[s
     return controls
 
 
-def _sae_notes(job: Job, notes: Mapping[str, Sequence[int]]) -> list[str]:
-    """Which layers have no SAE, and how those that have one are read where that is not as they were trained."""
-    held, layers = job.saes.layers, len(job.model.layers)
-    found = (
-        [f"SAEs exist for layers {_listed(held)} of {layers}: the others are not read."] if len(held) < layers else []
-    )
+def _sae_notes(held: Sequence[int], layers: int, notes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Which layers have an SAE, unless all have, and which of these are not read as they were trained."""
+    found = []
+    if len(held) < layers:
+        found.append(f"SAEs exist for layers {_listed(held)} of {layers}: features of other layers cannot be chosen.")
     return found + [f"The SAE of layer {_listed(some)} {note}." for note, some in notes.items()]
 
 

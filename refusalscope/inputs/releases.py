@@ -1,0 +1,255 @@
+"""Which SAEs there are, layer by layer: a release of SAELens's registry, a Hugging Face repository or folders on disk.
+
+SAELens reads every format. Nothing is loaded here until a layer is asked for; knows nothing of encoding.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+
+from refusalscope.inputs import hub
+
+L0 = 100
+"""Where ids name their average L0, the one nearest this is taken, as published."""
+
+_ELSEWHERE = re.compile("transcoder|clt|mlp|att|hook-z|embedding|mid")
+"""In the names of releases that are not on the residual stream after a layer."""
+
+Loader = Callable[[str], Any]
+"""device -> SAELens's SAE."""
+
+
+@dataclass(frozen=True)
+class SaeSource:
+    """SAEs by layer, none of them loaded."""
+
+    where: str
+    """The release, the repository, or the last part of the folder pattern they come from."""
+    names: Mapping[int, str]
+    """Layer -> its id in the release, or its folder."""
+    loaders: Mapping[int, Loader]
+    identity: str
+    """Changes whenever a weight does: commit and ids, or SHA-256 of the files."""
+
+    def only(self, layers: Iterable[int]) -> "SaeSource":
+        """The SAEs of these layers. Raises ValueError naming the layers there are when one has none."""
+        wanted = sorted(set(layers))
+        if missing := [layer for layer in wanted if layer not in self.names]:
+            raise ValueError(f"--layers {missing}: {self.where} has SAEs for layers {list(self.names)}")
+        names = {layer: self.names[layer] for layer in wanted}
+        return replace(self, names=names, loaders={layer: self.loaders[layer] for layer in wanted})
+
+
+def from_folders(pattern: str) -> SaeSource:
+    """Folders in SAELens's format; `pattern` holds {layer}. Raises ValueError when none fits."""
+    head, tail = _require_layer(pattern, "--saes").split("{layer}", 1)
+    shape = _regex(pattern)
+    parent = Path(head).parent if not head.endswith("/") else Path(head)
+    depth = len(Path(pattern).relative_to(parent).parts)
+    matches = ((shape.fullmatch(str(path)), path) for path in parent.glob("/".join("*" * depth)))
+    found = {int(match["layer"]): path for match, path in matches if match and (path / "cfg.json").is_file()}
+    if not found:
+        raise ValueError(f"no SAE folder (with a cfg.json) fits {head}{{layer}}{tail}")
+    found = dict(sorted(found.items()))
+    return SaeSource(
+        where=Path(pattern).name,
+        names={layer: str(path) for layer, path in found.items()},
+        loaders={layer: partial(open_folder, path) for layer, path in found.items()},
+        identity=digest(found.values()),
+    )
+
+
+def from_repository(text: str) -> SaeSource:
+    """`repository:path`, {layer} in the path: SAELens folders in a Hugging Face repository, at its newest commit."""
+    repository, path = text.split(":", 1)
+    shape = _regex(_require_layer(path, "--saes"))
+    folder = hub.snapshot(repository, path.replace("{layer}", "*") + "/cfg.json")
+    inside = [str(file.parent.relative_to(folder)) for file in sorted(folder.rglob("cfg.json"))]
+    names = {int(match["layer"]): name for name in inside if (match := shape.fullmatch(name))}
+    if not names:
+        raise ValueError(f"{repository} holds no SAE folder (with a cfg.json) that fits {path}")
+    names = dict(sorted(names.items()))
+    return SaeSource(
+        where=text,
+        names=names,
+        loaders={layer: partial(_open_repository, repository, folder.name, name) for layer, name in names.items()},
+        identity=f"{repository}@{folder.name}:{path}",
+    )
+
+
+def from_release(release: str, pattern: str | None) -> SaeSource:
+    """A release of SAELens's registry. `pattern` is an id with {layer}, and {l0} where ids name an average L0.
+
+    Without a pattern, the ids must differ in their layer alone. Raises ValueError naming near releases, or ids.
+    """
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    registry = get_pretrained_saes_directory()
+    if release not in registry:
+        near = difflib.get_close_matches(release, registry, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"SAELens knows no release {release!r}: {hint}See `docs/models.md`")
+    entry = registry[release]
+    ids = list(entry.saes_map)
+    names = matching(ids, _only_pattern(release, ids) if pattern is None else _require_layer(pattern, "--sae-id"))
+    if not names:
+        raise ValueError(f"--sae-id {pattern}: no id of {release} fits; there are {_some(ids)}")
+    commit = hub.snapshot(entry.repo_id, "README.md").name
+    return SaeSource(
+        where=release,
+        names=names,
+        loaders={layer: partial(_open_release, release, name) for layer, name in names.items()},
+        identity=f"{entry.repo_id}@{commit}:{json.dumps(names)}",
+    )
+
+
+def releases_for(model: str) -> list[str]:
+    """Residual releases of SAELens's registry for a model's repository name: its own, then those of its base model."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    wanted = model.split("/")[-1].casefold()
+    base = re.sub("-(it|instruct|chat)$", "", wanted)
+    found: dict[str, list[str]] = {wanted: [], base: []}
+    for name, entry in get_pretrained_saes_directory().items():
+        if not _ELSEWHERE.search(name):
+            found.get(entry.model.split("/")[-1].casefold(), []).append(name)
+    return [name for names in found.values() for name in names]
+
+
+def matching(ids: Iterable[str], pattern: str) -> dict[int, str]:
+    """Layer -> the id that fits `pattern`; of several, the one whose average L0 is nearest 100, then the smaller."""
+    shape = _regex(pattern)
+    best: dict[int, tuple[float, float, str]] = {}
+    for name in ids:
+        if match := shape.fullmatch(name):
+            l0 = float(match.groupdict().get("l0") or L0)
+            layer, rank = int(match["layer"]), (abs(l0 - L0), l0, name)
+            best[layer] = min(best.get(layer, rank), rank)
+    return {layer: name for layer, (_, _, name) in sorted(best.items())}
+
+
+def digest(folders: Iterable[Path]) -> str:
+    """SHA-256 over all files of some folders, their names included."""
+    total = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            total.update(f"{file.relative_to(folder)}\0".encode())
+            with file.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    """{layer}, however often it stands in the pattern, is one number; {l0} is another."""
+    shape = re.escape(pattern).replace(r"\{layer\}", r"(?P<layer>\d+)", 1).replace(r"\{layer\}", r"(?P=layer)")
+    return re.compile(shape.replace(r"\{l0\}", r"(?P<l0>\d+(?:\.\d+)?)", 1))
+
+
+def _require_layer(pattern: str, flag: str) -> str:
+    if "{layer}" not in pattern:
+        raise ValueError(f"{flag} {pattern}: write {{layer}} where the layer's number stands")
+    return pattern
+
+
+def _only_pattern(release: str, ids: list[str]) -> str:
+    """The one way to read all ids of a release as one SAE a layer."""
+    first = ids[0]
+    tried = [f"{first[: n.start()]}{{layer}}{first[n.end() :]}" for n in re.finditer(r"\d+", first)]
+    fits = [pattern for pattern in tried if len(matching(ids, pattern)) == len(ids)]
+    if len(fits) != 1:
+        raise ValueError(
+            f"release {release} holds several SAEs a layer, such as {_some(ids)}: choose with --sae-id, writing "
+            "{layer} where the layer's number stands (and {l0} for an average L0: the one nearest 100 is taken)"
+        )
+    return fits[0]
+
+
+def _some(ids: list[str]) -> str:
+    return ", ".join(ids[:3]) + (f" ... {ids[-1]}" if len(ids) > 3 else "")
+
+
+def open_folder(folder: Path, device: str) -> Any:
+    """The SAE of a folder in SAELens's format. Raises ValueError, one line, when it cannot be read."""
+    from sae_lens import SAE
+
+    # float32 whatever the file holds: a threshold rounded to bfloat16 moves features on and off.
+    return _opened(str(folder), lambda: SAE.load_from_disk(folder, device=device, dtype="float32"))
+
+
+def _open_repository(repository: str, commit: str, path: str, device: str) -> Any:
+    return open_folder(hub.snapshot(repository, f"{path}/*", revision=commit) / path, device)
+
+
+def _open_release(release: str, name: str, device: str) -> Any:
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name
+
+    # SAELens's own reader of these files asks the hub for their shapes even where they are cached.
+    reader = gemma_scope_2 if get_conversion_loader_name(release) == "gemma_3" else None
+    return _opened(
+        f"{name} of {release}",
+        lambda: SAE.from_pretrained(release, name, device=device, dtype="float32", converter=reader),
+    )
+
+
+def _opened(what: str, load: Callable[[], Any]) -> Any:
+    """The SAE, or ValueError in one line. Running out of memory is no fault of the file and passes through."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        with warnings.catch_warnings():
+            # The SAE's own note says so where it matters.
+            warnings.filterwarnings("ignore", message="norm_scaling_factor not found")
+            return load()
+    except Exception as error:
+        # Each format's reader fails in its own way: a key, a shape, a zip file cut short, a pickle that is no tensor.
+        if should_reduce_batch_size(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"cannot load an SAE from {what}: {type(error).__name__}: {reason}") from error
+
+
+class Read(NamedTuple):
+    """What SAELens asks of a reader."""
+
+    config: dict[str, Any]
+    weights: dict[str, Any]
+    sparsity: None
+
+
+def gemma_scope_2(
+    repo_id: str, folder_name: str, device: str, force_download: bool, cfg_overrides: dict[str, Any] | None
+) -> Read:
+    """Reader of Gemma Scope 2's residual SAEs (`params.safetensors`: w_enc, w_dec, b_enc, b_dec, threshold).
+
+    Shapes come from the file itself, so it works offline. Raises ValueError for a site that is no residual stream.
+    """
+    from huggingface_hub import hf_hub_download
+
+    layer = re.search(r"layer_(\d+)", folder_name)
+    if "resid_post" not in folder_name or layer is None:
+        raise ValueError(f"{folder_name} is no SAE on the residual stream after a layer: choose a resid_post one")
+    file = hf_hub_download(repo_id, f"{folder_name}/params.safetensors", force_download=force_download)
+    with safe_open(file, framework="pt", device=device) as stored:
+        weights = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+    renamed = {"w_enc": "W_enc", "w_dec": "W_dec"}
+    config = {
+        "architecture": "jumprelu",
+        "d_in": weights["w_enc"].shape[0],
+        "d_sae": weights["w_enc"].shape[1],
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "model_name": repo_id.replace("gemma-scope-2", "gemma-3"),
+        "hook_name": f"blocks.{layer[1]}.hook_resid_post",
+        **(cfg_overrides or {}),
+    }
+    return Read(config, {renamed.get(name, name): part for name, part in weights.items()}, None)
