@@ -26,9 +26,9 @@ from tests import hub_models
 WIDTHS = {"16k": 16384, "65k": 65536}
 SMALL = 128
 """d_sae where SAELens reads it from the file."""
-THRESHOLDS = (4.0, 8.0, 16.0)
+THRESHOLDS = (1.0, 2.0, 4.0)
 """Of features in turn: about the residual stream's scale in the middle layers, so that some are active anywhere."""
-LLAMA_THRESHOLD = 4.0
+LLAMA_THRESHOLD = 1.0
 
 
 class Served(NamedTuple):
@@ -261,19 +261,17 @@ def _listing(folder: Path, name: str, asked: str) -> bytes:
     return json.dumps({"id": name, "sha": folder.name, "siblings": [{"rfilename": path} for path in paths]}).encode()
 
 
-def prompts_folder(folder: Path) -> Path:
-    """Write a `refusal_direction` folder of invented, harmless questions, no two alike; returns `folder`."""
+def prompts_folder(folder: Path, *, train: int = 24, other: int = 24) -> Path:
+    """Write a `refusal_direction` folder of invented, harmless questions, no two alike; returns `folder`.
+
+    `train` questions stand in each train split and `other` in every other file.
+    """
     names = [f"splits/{label}_{split}" for label in ("harmful", "harmless") for split in ("train", "val", "test")]
     names += [f"processed/{name}" for name in ("harmbench_test", "jailbreakbench", "advbench")]
-    for file, verb in zip(names, VERBS, strict=True):
+    for file, verb in zip(names, hub_models.VERBS, strict=True):
         ask = "What colour is a {} that can {}?" if "harmless" in file else "Explain how to {1} the {0}."
-        rows = [{"instruction": ask.format(thing, verb), "category": None} for thing in THINGS]
+        things = hub_models.THINGS[: train if file.endswith("train") else other]
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"instruction": ask.format(thing, verb), "category": None} for thing in things]
         (folder / f"{file}.json").write_text(json.dumps(rows))
     return folder
-
-
-VERBS = ("frobnicate", "quimble", "zanter", "plorp", "drindle", "skive", "mordle", "bramp", "fleen")
-THINGS = tuple(
-    first + last for first in ("zor", "quen", "bim", "tal", "wex", "pog") for last in ("b", "do", "lin", "va")
-)

@@ -33,11 +33,16 @@ from transformers import (
     Qwen3_5Tokenizer,
 )
 
-SIZE = 560
+SIZE = 720
 """Tokens of every vocabulary, 256 bytes among them."""
+VERBS = ("frobnicate", "quimble", "zanter", "plorp", "drindle", "skive", "mordle", "bramp", "fleen")
+THINGS = tuple(
+    first + last for first in ("zor", "quen", "bim", "tal", "wex", "pog") for last in ("b", "do", "lin", "va")
+)
 TEXTS = (
+    " ".join(VERBS + THINGS),
     "Explain how to frobnicate the zorb.",
-    "What colour is a quen, and where does it sleep?",
+    "What colour is a quen that can sleep?",
     "I cannot help. Here is a list of three.",
     "user\nmodel\nsystem\nassistant\n\nA calm guide speaks.",
 )
@@ -124,9 +129,26 @@ def save(name: str, folder: Path) -> None:
     ends = tokenizer.convert_tokens_to_ids(list(family.ends))
     torch.manual_seed(0)
     model = family.build(repository.layers, repository.width, {"vocab_size": len(tokenizer), **ids})
+    _calm(model, gemma=repository.family.startswith("gemma"))
     model.generation_config = GenerationConfig(eos_token_id=ends, **ids, **family.sampling)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _calm(model: Any, *, gemma: bool) -> None:
+    """Let each block change the residual stream a little: a stack of random blocks bends every path through it."""
+    embedding = model.get_input_embeddings().weight.data
+    embedding /= embedding.pow(2).mean().sqrt() * (embedding.shape[1] ** 0.5 if gemma else 1)
+    for layer in model.get_decoder().layers:
+        if gemma:
+            # Its norms after a block multiply by 1 + weight.
+            share = 0.4 / (2 * len(model.get_decoder().layers)) ** 0.5
+            layer.post_attention_layernorm.weight.data.fill_(share - 1)
+            layer.post_feedforward_layernorm.weight.data.fill_(share - 1)
+        else:
+            attention = layer.self_attn.o_proj if hasattr(layer, "self_attn") else layer.linear_attn.out_proj
+            for output in (attention, layer.mlp.down_proj):
+                output.weight.data *= 0.03 / model.config.get_text_config().initializer_range
 
 
 def _shape(layers: int, width: int) -> dict[str, Any]:
@@ -134,20 +156,20 @@ def _shape(layers: int, width: int) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "num_hidden_layers": layers,
-        "intermediate_size": 8,
+        "intermediate_size": 4,
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
-        "head_dim": 16,
+        "head_dim": 8,
         "initializer_range": 0.02 if width > 1000 else 0.3,
     }
 
 
 def _gemma_2(layers: int, width: int, ids: dict[str, Any]) -> Any:
-    return Gemma2ForCausalLM(Gemma2Config(**_shape(layers, width), **ids, query_pre_attn_scalar=16))
+    return Gemma2ForCausalLM(Gemma2Config(**_shape(layers, width), **ids, query_pre_attn_scalar=8))
 
 
 def _gemma_3_text(layers: int, width: int, ids: dict[str, Any]) -> dict[str, Any]:
-    return {**_shape(layers, width), **ids, "query_pre_attn_scalar": 16, "sliding_window": 512}
+    return {**_shape(layers, width), **ids, "query_pre_attn_scalar": 8, "sliding_window": 512}
 
 
 def _gemma_3(layers: int, width: int, ids: dict[str, Any]) -> Any:
@@ -181,7 +203,7 @@ def _qwen_3_5(layers: int, width: int, ids: dict[str, Any]) -> Any:
     text = {**_shape(layers, width), **ids, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
     text |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
-    text["rope_parameters"] |= {"mrope_interleaved": True, "mrope_section": [1, 1, 0]}
+    text["rope_parameters"] |= {"mrope_interleaved": True, "mrope_section": [1, 0, 0]}
     vision = {"hidden_size": 8, "intermediate_size": 8, "depth": 27, "num_heads": 1, "out_hidden_size": width}
     return Qwen3_5ForConditionalGeneration(
         Qwen3_5Config(text_config=text, vision_config=vision)  # type: ignore[reportCallIssue]
@@ -202,7 +224,8 @@ def _learned(tokens: list[str], *, gemma: bool) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=SIZE, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator(TEXTS, trainer)
+    # A pair that stands there once is not learned.
+    made.train_from_iterator(TEXTS * 2, trainer)
     return made
 
 

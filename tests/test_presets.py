@@ -4,21 +4,28 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from huggingface_hub import constants
 
-from tests import hub, hub_models
-from tests.processes import ROOT
+from tests import hub, hub_models, processes, tiny
 
-LARGE = ("gemma-2-2b", "qwen-3.5-27b")
+LARGE = {"gemma-2-2b", "qwen-3.5-27b"}
 """Presets whose SAEs take gigabytes and many seconds to read, whatever they hold."""
-ONES = [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in hub.PRESETS]
+WIDE = {"gemma-2-9b"}
+"""Whose model is as wide as the real one: of two such with SAEs of one format, the other is run every time."""
 GEMMA_3 = [name for name in hub.PRESETS if name.startswith("gemma-3")]
 QUESTIONS = ("Explain how to frobnicate the zorb.", "What colour is a quen?")
+
+
+def ones(names: Iterable[str], *, slow: set[str]) -> list[ParameterSet]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
 
 
 def loaded(name: str) -> tuple[Any, Any]:
@@ -50,7 +57,7 @@ def test_models_load_by_name(name: str) -> None:
     assert (one - other).abs().max() > 0.5
 
 
-@pytest.mark.parametrize("preset", [one for one in ONES if one.values[0] not in GEMMA_3])
+@pytest.mark.parametrize("preset", ones(sorted(set(hub.PRESETS) - set(GEMMA_3)), slow=LARGE))
 def test_saes_load_by_saelens(preset: str) -> None:
     from sae_lens import SAE
 
@@ -98,11 +105,58 @@ def test_an_empty_cache_is_filled_from_the_server(tmp_path: Path) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json", "params.safetensors"} <= fetched
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to run in, with prompts where a run looks for them."""
+    folder = tmp_path_factory.mktemp("place")
+    hub.prompts_folder(folder / "data" / "refusal_direction", train=16, other=8)
+    return folder
+
+
+@pytest.mark.parametrize("preset", ones(hub.PRESETS, slow=LARGE | WIDE))
+def test_features_of_a_preset(preset: str, place: Path) -> None:
+    served = hub.PRESETS[preset]
+    hub.fill(Path(constants.HF_HUB_CACHE), served)
+    assert_features(place, preset, served.layer, [preset])
+
+
+def test_features_of_a_model_and_a_release(place: Path) -> None:
+    served = hub.PRESETS["qwen-2.5-7b"]
+    hub.fill(Path(constants.HF_HUB_CACHE), served)
+    pattern = served.sae_id.replace(str(served.layer), "{layer}")
+    words = [served.model, "--sae-release", served.release, "--sae-id", pattern]
+    assert_features(place, served.model.split("/")[1], served.layer, words)
+
+
+@pytest.mark.parametrize("kind", ["folders", "repository"])
+def test_features_of_a_model_and_saelens_folders(kind: str, place: Path) -> None:
+    cache, model = Path(constants.HF_HUB_CACHE), "google/gemma-3-270m-it"
+    hub.model(cache, model)
+    folder = place / "saes" if kind == "folders" else hub.snapshot(cache, "someone/invented-saes") / "trained"
+    tiny.save_saes(folder, layers=2, size=hub.SMALL)
+    pattern = f"{folder}/layer_{{layer}}" if kind == "folders" else "someone/invented-saes:trained/layer_{layer}"
+    assert_features(place, kind, 1, [model, "--saes", pattern, "--name", kind])
+
+
+def assert_features(place: Path, name: str, layer: int, words: list[str]) -> None:
+    """A run of `features` on one layer ends well and leaves feature sets of that layer alone."""
+    fixed = ["--limit", 8, "--layers", layer, "--best-layer", layer, "--refusal-token", "I", "--keep-unrefused"]
+    words = ["features", *words, *map(str, fixed), "--batch-size", "16", "--device", "cpu"]
+    ended = processes.run(words, place / f"said-{name}", partial(os.chdir, place))
+    assert ended.code == 0, ended.err
+    index = json.loads((place / "runs" / name / "features" / "index.json").read_text())
+    assert index["layers"] == [layer]
+    for chosen in index["sets"]:
+        features = json.loads((place / "runs" / name / "features" / f"{chosen}.json").read_text())["features"]
+        assert features
+        assert {feature["layer"] for feature in features} == {layer}
+
+
 def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A Python process of its own; its end must be good."""
     return subprocess.run(
         [sys.executable, *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(processes.ROOT), **environment},
         capture_output=True,
         text=True,
         check=True,
