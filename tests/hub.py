@@ -26,7 +26,7 @@ from tests import hub_models
 WIDTHS = {"16k": 16384, "65k": 65536}
 SMALL = 128
 """d_sae where SAELens reads it from the file."""
-THRESHOLDS = (1.0, 2.0, 4.0)
+THRESHOLDS = (0.5, 1.0, 2.0)
 """Of features in turn: about the residual stream's scale in the middle layers, so that some are active anywhere."""
 LLAMA_THRESHOLD = 1.0
 
@@ -110,16 +110,18 @@ def _random(width: int) -> tuple[Float[Tensor, "d_sae d_model"], Float[Tensor, "
 
 
 def _gemma_scope(folder: Path, *, width: int, factor: float | None) -> None:
-    # Each feature reads one dimension up or down: nearly all zeros, so that files of this size are written fast.
+    # Each feature reads two dimensions, no two the same: nearly all zeros, so that such large files are written fast.
     size = next(size for name, size in WIDTHS.items() if f"width_{name}" in str(folder))
     feature = np.arange(size)
     decoder = np.zeros((size, width), np.float32)
-    decoder[feature, feature % width] = np.where(feature // width % 2, -1, 1)
+    turn = feature // width
+    decoder[feature, feature % width] = np.where(turn % 2, -0.8, 0.8)
+    decoder[feature, (feature + 1 + 7 * turn) % width] = 0.6
     folder.mkdir()
     arrays = {"W_enc": np.ascontiguousarray(decoder.T), "W_dec": decoder, "b_enc": np.zeros(size, np.float32)}
     arrays |= {
         "b_dec": np.zeros(width, np.float32),
-        "threshold": np.array(THRESHOLDS, np.float32)[feature % len(THRESHOLDS)],
+        "threshold": np.array(THRESHOLDS, np.float32)[turn % len(THRESHOLDS)],
     }
     # As np.savez_compressed, at the level that is written and read twice as fast.
     with ZipFile(folder / "params.npz", "w", ZIP_DEFLATED, compresslevel=1) as archive:

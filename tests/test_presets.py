@@ -88,23 +88,6 @@ def test_gemma_scope_2_reads_its_shapes_from_the_hub() -> None:
     assert json.loads(ended.stdout) == expected
 
 
-def test_an_empty_cache_is_filled_from_the_server(tmp_path: Path) -> None:
-    cache = Path(constants.HF_HUB_CACHE)
-    served = hub.PRESETS["gemma-3-270m"]
-    hub.fill(cache, served)
-    program = (
-        "import sys\nfrom sae_lens import SAE\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model, release, sae_id = sys.argv[1:]\n"
-        "AutoTokenizer.from_pretrained(model)\nAutoModelForCausalLM.from_pretrained(model)\n"
-        "SAE.from_pretrained(release, sae_id)\n"
-    )
-    online = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-    with hub.served(cache) as address:
-        python("-c", program, served.model, served.release, served.sae_id, HF_ENDPOINT=address, **online)
-    fetched = {file.name for file in (tmp_path / "hub").glob("models--*/snapshots/*/**/*") if file.is_file()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "params.safetensors"} <= fetched
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to run in, with prompts where a run looks for them."""
@@ -138,11 +121,27 @@ def test_features_of_a_model_and_saelens_folders(kind: str, place: Path) -> None
     assert_features(place, kind, 1, [model, "--saes", pattern, "--name", kind])
 
 
+@pytest.mark.slow
+def test_what_a_run_downloads_is_enough_offline(place: Path, tmp_path: Path) -> None:
+    preset = "gemma-3-270m"
+    served, cache = hub.PRESETS[preset], Path(constants.HF_HUB_CACHE)
+    hub.fill(cache, served)
+    # As on the hub, where a second layer's SAE lies beside it and is not wanted.
+    hub.sae(cache, served.release, "layer_5_width_16k_l0_small", width=32)
+    words = ["-m", "refusalscope", *asked(served.layer, [preset]), "--runs", str(tmp_path / "runs"), "--name"]
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "home")}
+    with hub.served(cache) as address:
+        python(*words, "online", folder=place, HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **home)
+    saes = {file.parent.name for file in (tmp_path / "home").rglob("params.safetensors")}
+    assert saes == {f"layer_{served.layer}_width_16k_l0_small"}
+    python(*words, "offline", folder=place, HF_HUB_OFFLINE="1", **home)
+    tables = [(tmp_path / "runs" / name / "features" / "table.json").read_bytes() for name in ("online", "offline")]
+    assert tables[0] == tables[1]
+
+
 def assert_features(place: Path, name: str, layer: int, words: list[str]) -> None:
     """A run of `features` on one layer ends well and leaves feature sets of that layer alone."""
-    fixed = ["--limit", 8, "--layers", layer, "--best-layer", layer, "--refusal-token", "I", "--keep-unrefused"]
-    words = ["features", *words, *map(str, fixed), "--batch-size", "16", "--device", "cpu"]
-    ended = processes.run(words, place / f"said-{name}", partial(os.chdir, place))
+    ended = processes.run(asked(layer, words), place / f"said-{name}", partial(os.chdir, place))
     assert ended.code == 0, ended.err
     index = json.loads((place / "runs" / name / "features" / "index.json").read_text())
     assert index["layers"] == [layer]
@@ -152,10 +151,17 @@ def assert_features(place: Path, name: str, layer: int, words: list[str]) -> Non
         assert {feature["layer"] for feature in features} == {layer}
 
 
-def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A Python process of its own; its end must be good."""
+def asked(layer: int, words: list[str]) -> list[str]:
+    """The command line that finds features on one layer, the direction's own, with as few prompts as will do."""
+    fixed = ["--limit", "8", "--layers", str(layer), "--best-layer", str(layer), "--refusal-token", "I"]
+    return ["features", *words, *fixed, "--keep-unrefused", "--batch-size", "16", "--device", "cpu"]
+
+
+def python(*words: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A Python process of its own, in `folder`; its end must be good."""
     return subprocess.run(
         [sys.executable, *words],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(processes.ROOT), **environment},
         capture_output=True,
         text=True,
