@@ -22,11 +22,13 @@ REASONING = {
         "<|channel|>analysis<|message|>Rivers",
         " run<|end|><|start|>assistant<|channel|>final<|message|>",
     ),
+    "gemma4": ("<|channel>thought\nThe rivers", " run.\n<channel|>"),
 }
 THOUGHTS = {
     "qwen3": "\nThe rivers: two or three?\n",
     "r1": "Where do rivers run?\n",
     "harmony": "Rivers run",
+    "gemma4": "\nThe rivers run.\n",
 }
 
 
@@ -140,7 +142,8 @@ def _reasoning() -> list[str | None]:
 @pytest.mark.parametrize("name", REASONING)
 def test_reasoning_is_left_to_the_model_where_it_is_wanted(name: str) -> None:
     made = ChatTemplate(FAMILIES[name].tokenizer(), name, ChatStyle(thinking="on"))
-    left: dict[str, str] = {
+    left = {
+        "gemma4": "<|turn>model\n",
         "qwen3": "<|im_start|>assistant\n",
         "r1": "<|Assistant|><think>\n",
         "harmony": "<|start|>assistant",

@@ -61,4 +61,4 @@ def _answers(prompt: Prompt, responses: Iterable[Responses]) -> list[Answer]:
 def _outcome(response: Response) -> tuple[str, str]:
     """The outcome and its reason; an answer that is not scored has the same reason for every outcome."""
     found = next((name for name in OUTCOMES if response.scores.get(name) == 1), None)
-    return found or "not scored", response.reasons.get(found or OUTCOMES[0], "")
+    return found or "not scored", response.reasons.get(found or "refused", "")
