@@ -59,6 +59,7 @@ class Marks(NamedTuple):
 
 MARKS = (
     Marks("<think>", "", "</think>", before="<think>", skip="\n</think>\n\n"),
+    Marks("<|channel>thought", "", "<channel|>", before="<|channel>thought", skip="\n<channel|>"),
     Marks(
         opens="<|channel|>analysis<|message|>",
         ends="<|end|><|start|>assistant",
