@@ -83,12 +83,14 @@ def test_gradients_flow_to_every_layer_and_to_no_parameter(model: ChatModel) -> 
     assert [len(layer._forward_hooks) for layer in model.layers] == hooks
 
 
-def test_a_gradient_is_that_of_the_prompt_alone(model: ChatModel) -> None:
+def test_a_trace_is_that_of_the_prompt_alone(model: ChatModel) -> None:
     tokens = model.tokens(PROMPTS)
     batched = trace(model, tokens, tiny.direction(), layers=range(4), scheme=gradient())
     single = trace(model, model.tokens(PROMPTS[3:4]), tiny.direction(), layers=range(4), scheme=gradient())
-    ours = batched.gradient[:, 3, -single.gradient.shape[2] :]
-    torch.testing.assert_close(ours, single.gradient[:, 0], atol=1e-4, rtol=1e-4)
+    width = single.gradient.shape[2]
+    torch.testing.assert_close(batched.gradient[:, 3, -width:], single.gradient[:, 0], atol=1e-4, rtol=1e-4)
+    # Removal moves the padding too: nothing of that may reach the prompt.
+    torch.testing.assert_close(batched.patched[:, 3, -width:], single.patched[:, 0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_saved_model_is_loaded_as_it_was(model: ChatModel, tmp_path: Path) -> None:

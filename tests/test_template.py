@@ -230,6 +230,18 @@ def test_reasoning_is_not_to_be_had_of_a_template_that_knows_none(name: str) -> 
         ChatTemplate(FAMILIES[name].tokenizer(), name, ChatStyle(thinking="on"))
 
 
+def test_a_switch_may_act_on_the_header_alone() -> None:
+    switched = "{{ '<think> if needed' if enable_thinking else 'at once' }} " + PYTHIA
+    made = ChatTemplate(tiny.tokenizer(switched), "switched", ChatStyle(thinking="on"))
+    assert texts(made)[Role.HEADER] == "at once Asked: "
+    assert texts(made, thinking="on")[Role.HEADER] == "<think> if needed Asked: "
+    said = ids(made.tokenizer, "<think>Rivers?</think>Elbe.")
+    reasoning, answer = made.split(said)
+    assert (reasoning, made.tokenizer.decode(answer)) == ("Rivers?", "Elbe.")
+    before = made.encode_reasoning(Response("p", "Elbe.", answer[0], len(said), "length", reasoning=reasoning))
+    assert made.tokenizer.decode(before + answer) == "<think>Rivers?</think>Elbe."
+
+
 def test_a_template_that_only_takes_reasoning_out_of_past_answers_knows_none() -> None:
     family = FAMILIES["qwen3"]
     instruct = (family.template or "").replace("enable_thinking is defined and enable_thinking is false", "false")
