@@ -161,8 +161,11 @@ def _folder_loader(folder: Path, device: str) -> Callable[[], Any]:
         try:
             # float32 whatever the file holds: a threshold rounded to bfloat16 moves features on and off.
             return SAE.load_from_disk(folder, device=device, dtype="float32")
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise ValueError(f"cannot load an SAE in SAELens's format from {folder}: {error}") from error
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"cannot load an SAE in SAELens's format from {folder}: {why}") from error
 
     return load
 
