@@ -99,6 +99,14 @@ Now: {{ strftime_now('%Y-%m-%d') }}<|end|>{% for m in messages %}{% if m.role ==
 {% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}\
 <|start|>assistant<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}\
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"""
+GEMMA4 = """{{ bos_token }}{% if enable_thinking or messages[0].role == 'system' %}<|turn>system
+{{ '<|think|>\n' if enable_thinking }}{{ messages[0].content if messages[0].role == 'system' }}<turn|>
+{% endif %}{% for m in messages if m.role != 'system' %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}
+{% if m.reasoning %}<|channel>thought
+{{ m.reasoning }}<channel|>{% endif %}{{ m.content | trim }}<turn|>
+{% endfor %}{% if add_generation_prompt %}<|turn>model
+{% if not enable_thinking %}<|channel>thought
+<channel|>{% endif %}{% endif %}"""
 DEAF = "{{ bos_token }}{% for m in messages if m.role == 'user' %}Q: {{ m.content }}\nA:{% endfor %}"
 PYTHIA = "{% for m in messages %}{{ 'Asked: ' if m.role == 'user' else 'Told: ' }}{{ m.content }}\n{% endfor %}Told:"
 
@@ -207,6 +215,16 @@ FAMILIES = {
         "<|return|>",
         f"{HARMONY_SYSTEM}<|start|>developer<|message|># Rules\n\n{SYSTEM}<|end|><|start|>user<|message|>",
         dated=True,
+    ),
+    "gemma4": Family(
+        GEMMA4,
+        ("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>"),
+        "<bos>",
+        "<eos>",
+        "<bos><|turn>user\n",
+        "<turn|>\n<|turn>model\n<|channel>thought\n<channel|>",
+        "<turn|>",
+        f"<bos><|turn>system\n{SYSTEM}<turn|>\n<|turn>user\n",
     ),
     "deaf": Family(DEAF, (), "<bos>", "<eos>", "<bos>Q: ", "\nA:", "<eos>", f"<bos>Q: {SYSTEM}\n\n", folded=True),
 }

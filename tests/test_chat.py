@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refusalscope.inputs.chat import Batch, ChatModel, find_layers
+from refusalscope.inputs.chat import Batch, ChatModel
 from refusalscope.inputs.template import ChatTemplate, Role
 from tests import tiny
 
@@ -11,49 +11,6 @@ from tests import tiny
 @pytest.fixture(params=tiny.FAMILIES)
 def model(request: pytest.FixtureRequest) -> ChatModel:
     return tiny.chat_model(request.param)
-
-
-def test_run_equals_output_hidden_states(model: ChatModel) -> None:
-    tokens = model.tokens(tiny.prompts())
-    layers = range(len(model.layers))
-    ours = model.run(tokens, keep=layers, logits=1)
-    theirs = model.model(
-        input_ids=tokens.ids,
-        attention_mask=tokens.mask.long(),
-        position_ids=(tokens.mask.long().cumsum(1) - 1).clamp(min=0),
-        output_hidden_states=True,
-    )
-    for layer in layers[:-1]:
-        torch.testing.assert_close(ours.residuals[layer][tokens.mask], theirs.hidden_states[layer + 1][tokens.mask])
-    last = model.model.get_decoder().norm(ours.residuals[layers[-1]])
-    torch.testing.assert_close(last[tokens.mask], theirs.hidden_states[-1][tokens.mask])
-    torch.testing.assert_close(ours.logits[:, -1], theirs.logits[:, -1])
-
-
-def test_left_padded_batch_equals_single_prompts(model: ChatModel) -> None:
-    prompts = tiny.prompts()
-    batched = model.run(model.tokens(prompts), keep=[3], logits=1)
-    for row in range(len(prompts)):
-        tokens = model.tokens(prompts[row : row + 1])
-        single = model.run(tokens, keep=[3], logits=1)
-        width = tokens.ids.shape[1]
-        torch.testing.assert_close(batched.residuals[3][row, -width:], single.residuals[3][0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(batched.logits[row], single.logits[0], atol=1e-4, rtol=1e-4)
-
-
-def test_generate_equals_transformers_greedy_one_at_a_time(model: ChatModel) -> None:
-    prompts = tiny.prompts()
-    ours = model.generate(model.tokens(prompts), max_new_tokens=12)
-    for row, prompt in enumerate(prompts):
-        ids = torch.tensor([model.template.encode(prompt.text).ids])
-        for _ in range(12):
-            following = model.model(input_ids=ids).logits[0, -1].argmax()
-            ids = torch.cat([ids, following[None, None]], dim=1)
-            if int(following) in model.end_tokens:
-                break
-        answer = ids[0, -ours[row].tokens :].tolist()
-        assert ours[row].first_token == (None if answer[0] in model.end_tokens else answer[0])
-        assert ours[row].text == model.tokenizer.decode(answer, skip_special_tokens=True)
 
 
 def test_generate_stops_at_every_end_token_of_the_model() -> None:
@@ -153,13 +110,6 @@ def test_bos_is_added_where_the_template_forgets_it() -> None:
 def test_unusable_templates_are_named(template: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChatTemplate(tiny.tokenizer(template), "tiny")
-
-
-def test_an_unknown_structure_says_what_was_looked_for() -> None:
-    model = tiny.language_model("llama")
-    model.config.num_hidden_layers = 7
-    with pytest.raises(ValueError, match="looked for one list of 7 decoder layers in LlamaForCausalLM"):
-        find_layers(model, "odd")
 
 
 def test_a_layer_that_is_not_there_is_named() -> None:

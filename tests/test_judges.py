@@ -227,6 +227,21 @@ def test_compliance_is_the_grammars_truth_and_unscored_elsewhere() -> None:
     assert reason == "no grammar knows this prompt"
 
 
+def test_where_the_limit_came_before_the_answer_nothing_is_scored() -> None:
+    (example,) = grammar.examples("harmless", split="test", count=1)
+    prompts = Prompts("set", (Prompt("p", example.text, "harmless", details=vars(example)),))
+    thinking = response("", reasoning="Let me see", first_token=None, finish="length")
+    (row,) = judges.judge(
+        prompts, Responses("set", "base", "", (thinking,)), refusal_tokens=[5], cut_off_counts=True
+    ).rows
+    assert set(row.scores) == {*judges.OUTCOMES, "coherent", "refused_first_token", "complied"}
+    assert all(math.isnan(score) for score in row.scores.values())
+    assert set(row.reasons.values()) == {"no answer: still reasoning at the limit"}
+    ended = replace(thinking, finish="end")
+    (row,) = judges.judge(prompts, Responses("set", "base", "", (ended,)), refusal_tokens=[5], cut_off_counts=True).rows
+    assert row.reasons["incoherent"] == "empty"
+
+
 def test_cut_off_is_a_fault_only_where_nine_in_ten_end() -> None:
     def ended(ends: int, cut: int) -> bool:
         rows = [response()] * ends + [response(finish="length")] * cut

@@ -12,8 +12,10 @@ import pytest
 from refusalscope.core.types import Finding
 from refusalscope.report import page, plots, sentences, tokens, verdict
 from tests.sample_run import (
+    ATTACK,
     add_close_up,
     add_new_rows,
+    answered,
     attribution_rows,
     benchmark_rows,
     health_rows,
@@ -90,6 +92,22 @@ def test_hostile_text_stays_text(fixture, request):
     assert not [attrs for _, attrs in tree.tags for name in attrs if name.startswith("on")]
     assert html.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&lt;/details&gt;") > 5
     assert "{{ 7*7 }}" in html
+
+
+def test_reasoning_is_folded_and_what_has_no_answer_says_why(store):
+    reasoned = answered("harmful", "base", "", "base said")
+    rows = (
+        replace(reasoned.rows[0], reasoning=f"\nfirst {ATTACK}\n"),
+        replace(reasoned.rows[1], reasoning="and on", reasons={"refused": "no answer: still reasoning"}),
+    )
+    store.put("responses/harmful/base.jsonl", "", replace(reasoned, rows=rows))
+    html = page.write(store)
+    tree = Tree(html)
+    assert not tree.faults
+    assert not tree.names() & {"script", "img"}
+    before = html[: html.index("first &lt;script&gt;")]
+    assert before.endswith('<summary>What it wrote before the answer</summary>\n<p class="said" dir="auto">')
+    assert '<p class="outcome not-scored">not scored: <span>no answer: still reasoning</span>' in html
 
 
 def test_answers_to_harmful_prompts_are_folded(html):

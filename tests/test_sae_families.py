@@ -237,9 +237,9 @@ def test_a_factor_that_is_missing_is_noted(normalise: str, tmp_path: Path) -> No
 
 def test_notes_say_which_layers_have_saes_and_how_they_are_read() -> None:
     assert select._sae_notes(range(4), 4, {}) == []
-    assert select._sae_notes((1, 3), 4, {"is read unscaled": [1, 3]}) == [
+    assert select._sae_notes((1, 3), 4, {"read unscaled": [1, 3]}) == [
         "SAEs exist for layers 1, 3 of 4: features of other layers cannot be chosen.",
-        "The SAE of layer 1, 3 is read unscaled.",
+        "SAEs of layers 1, 3: read unscaled.",
     ]
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from refusalscope.inputs.saes import SaeBank
 from tests import tiny
@@ -69,6 +70,15 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match="layer_0"):
         SaeBank.from_folders(folders, identity="tiny").layer(0)
+
+
+def test_a_folder_without_one_of_its_weights_is_named_in_one_line(tmp_path: Path) -> None:
+    folders = tiny.save_saes(tmp_path, layers=1)
+    weights = folders[0] / "sae_weights.safetensors"
+    save_file({name: part for name, part in load_file(weights).items() if name != "b_enc"}, weights)
+    with pytest.raises(ValueError, match=r"layer_0: .*b_enc") as raised:
+        SaeBank.from_folders(folders, identity="tiny").layer(0)
+    assert "\n" not in str(raised.value)
 
 
 def test_shipped_saes_equal_saelens_on_the_shipped_models_residuals() -> None:

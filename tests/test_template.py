@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from refusalscope.core.types import Prompt, Prompts, Response, Responses
-from refusalscope.evals import judges
+from refusalscope.evals import capability, judges
 from refusalscope.inputs.chat import ChatModel, Tokens
 from refusalscope.inputs.template import ChatStyle, ChatTemplate, Role, Thinking
+from refusalscope.studies import benchmark
 from tests import families, tiny
 from tests.chat_templates import FAMILIES, PYTHIA, QUESTION, SYSTEM, Family
 
@@ -22,11 +23,13 @@ REASONING = {
         "<|channel|>analysis<|message|>Rivers",
         " run<|end|><|start|>assistant<|channel|>final<|message|>",
     ),
+    "gemma4": ("<|channel>thought\nThe rivers", " run.\n<channel|>"),
 }
 THOUGHTS = {
     "qwen3": "\nThe rivers: two or three?\n",
     "r1": "Where do rivers run?\n",
     "harmony": "Rivers run",
+    "gemma4": "\nThe rivers run.\n",
 }
 
 
@@ -140,7 +143,8 @@ def _reasoning() -> list[str | None]:
 @pytest.mark.parametrize("name", REASONING)
 def test_reasoning_is_left_to_the_model_where_it_is_wanted(name: str) -> None:
     made = ChatTemplate(FAMILIES[name].tokenizer(), name, ChatStyle(thinking="on"))
-    left: dict[str, str] = {
+    left = {
+        "gemma4": "<|turn>model\n",
         "qwen3": "<|im_start|>assistant\n",
         "r1": "<|Assistant|><think>\n",
         "harmony": "<|start|>assistant",
@@ -190,6 +194,16 @@ def test_reasoning_that_never_ends_is_no_answer_and_unscored(name: str) -> None:
     assert {"refused", "answered", "incoherent", "coherent", "refused_first_token"} == set(row.scores)
 
 
+def test_costs_are_read_on_what_was_generated_reasoning_included() -> None:
+    said = "".join(REASONING["r1"]) + "Elbe.<|finish|>"
+    model = says("r1", said, thinking="on")
+    answered = benchmark.answer(model, PROMPTS, benchmark.BASE, slices={}, batch_size=1, max_new_tokens=60)
+    (row,) = answered.rows
+    assert (row.reasoning, row.text, row.tokens) == (THOUGHTS["r1"], "Elbe.", len(ids(model.tokenizer, said)))
+    cost = capability.cost(model, PROMPTS, {"p": row}, None, batch_size=1)
+    assert (cost.tokens, cost.kl) == ([row.tokens], [0.0])
+
+
 def test_a_reasoning_model_may_answer_at_once() -> None:
     model = says("qwen3", "Elbe.<|im_end|>", thinking="on")
     made = answer(model)
@@ -214,6 +228,18 @@ def test_prompts_read_for_their_first_token_skip_reasoning_also_when_it_is_on() 
 def test_reasoning_is_not_to_be_had_of_a_template_that_knows_none(name: str) -> None:
     with pytest.raises(ValueError, match=f"the chat template of {name} knows no reasoning: turn thinking off"):
         ChatTemplate(FAMILIES[name].tokenizer(), name, ChatStyle(thinking="on"))
+
+
+def test_a_switch_may_act_on_the_header_alone() -> None:
+    switched = "{{ '<think> if needed' if enable_thinking else 'at once' }} " + PYTHIA
+    made = ChatTemplate(tiny.tokenizer(switched), "switched", ChatStyle(thinking="on"))
+    assert texts(made)[Role.HEADER] == "at once Asked: "
+    assert texts(made, thinking="on")[Role.HEADER] == "<think> if needed Asked: "
+    said = ids(made.tokenizer, "<think>Rivers?</think>Elbe.")
+    reasoning, answer = made.split(said)
+    assert (reasoning, made.tokenizer.decode(answer)) == ("Rivers?", "Elbe.")
+    before = made.encode_reasoning(Response("p", "Elbe.", answer[0], len(said), "length", reasoning=reasoning))
+    assert made.tokenizer.decode(before + answer) == "<think>Rivers?</think>Elbe."
 
 
 def test_a_template_that_only_takes_reasoning_out_of_past_answers_knows_none() -> None:

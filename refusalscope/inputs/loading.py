@@ -46,7 +46,7 @@ def load(
     """Load from a folder or a hub name. Raises ValueError with one line when that cannot be done."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    where = {"trust_remote_code": trust_remote_code, **({} if revision is None else {"revision": revision})}
     settings = _settings(placement)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)

@@ -241,15 +241,15 @@ def gemma_scope_2(
     file = hf_hub_download(repo_id, f"{folder_name}/params.safetensors", force_download=force_download)
     with safe_open(file, framework="pt", device=device) as stored:
         weights = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
-    renamed = {"w_enc": "W_enc", "w_dec": "W_dec"}
+    weights["W_enc"], weights["W_dec"] = weights.pop("w_enc"), weights.pop("w_dec")
     config = {
         "architecture": "jumprelu",
-        "d_in": weights["w_enc"].shape[0],
-        "d_sae": weights["w_enc"].shape[1],
+        "d_in": weights["W_enc"].shape[0],
+        "d_sae": weights["W_enc"].shape[1],
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "model_name": repo_id.replace("gemma-scope-2", "gemma-3"),
         "hook_name": f"blocks.{layer[1]}.hook_resid_post",
         **(cfg_overrides or {}),
     }
-    return Read(config, {renamed.get(name, name): part for name, part in weights.items()}, None)
+    return Read(config, weights, None)

@@ -63,7 +63,7 @@ class LayerSae:
         scaling = self.sae.cfg.normalize_activations
         if scaling not in IN_WEIGHTS:
             return ""
-        return f"was trained on activations normalised by {scaling!r}, came without that factor, and is read unscaled"
+        return f"trained on activations normalised by {scaling!r}, but without that factor: read unscaled"
 
     def encode(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
         """Activations of every feature in residual units: SAELens's own, times s(z)."""

@@ -59,6 +59,7 @@ class Marks(NamedTuple):
 
 MARKS = (
     Marks("<think>", "", "</think>", before="<think>", skip="\n</think>\n\n"),
+    Marks("<|channel>thought", "", "<channel|>", before="<|channel>thought", skip="\n<channel|>"),
     Marks(
         opens="<|channel|>analysis<|message|>",
         ends="<|end|><|start|>assistant",
@@ -149,8 +150,8 @@ class ChatTemplate:
         if marks is None or not (response.reasoning or frame.closing.rstrip().endswith(marks.before)):
             return []
         opens = "" if self._is_open(frame) or not response.reasoning else marks.opens
-        gap = self._frames["off"].closing.rpartition(marks.answers)[2]
-        closes = (marks.ends if response.reasoning else "") + marks.answers + gap
+        _, skipped, gap = self._frames["off"].closing.rpartition(marks.answers)
+        closes = (marks.ends if response.reasoning else "") + marks.answers + (gap if skipped else "")
         unfinished = not response.text and response.finish == "length"
         after = [] if unfinished else self._ids(closes, plain=False)
         return [*self._ids(opens, plain=False), *self._ids(response.reasoning, plain=True), *after]
@@ -251,7 +252,7 @@ class ChatTemplate:
     def _record(self) -> None:
         if CLOCK in self._source:
             self.about["date"] = DATE.strftime("%d %b %Y")
-        if self._marks is not None:
+        if self._marks is not None or SWITCH in self._source:
             self.about["thinking"] = self.style.thinking
         if self._folds_system and self.style.system:
             self.about["system"] = "folded into the user turn"

@@ -225,13 +225,14 @@ def _recalled(
 
 
 def _activations(part: SaeSlice, features: Sets, rule: Rule, made: Editor) -> Edit:
-    # A slice may hold a whole encoder: it is moved to the model's device once, not at every token.
+    # K columns stay where they were first needed. A slice that holds a whole encoder comes and goes: the device never
+    # keeps more than one layer's.
     placed: dict[torch.device, SaeSlice] = {}
 
     def edit(residual: Tensor, batch: Batch) -> Tensor:
-        if residual.device not in placed:
-            placed[residual.device] = part.to(residual.device)
-        here = placed[residual.device]
+        here = placed.get(residual.device) or part.to(residual.device)
+        if part.active is None:
+            placed[residual.device] = here
         chosen = membership(part, features, batch.prompt_ids).to(residual.device)
         scale = here.scale(residual)
         active = here.encode_own(residual) * scale

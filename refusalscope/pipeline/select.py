@@ -244,7 +244,7 @@ def _sae_notes(held: Sequence[int], layers: int, notes: Mapping[str, Sequence[in
     found = []
     if len(held) < layers:
         found.append(f"SAEs exist for layers {_listed(held)} of {layers}: features of other layers cannot be chosen.")
-    return found + [f"The SAE of layer {_listed(some)} {note}." for note, some in notes.items()]
+    return found + [f"SAEs of layers {_listed(some)}: {note}." for note, some in notes.items()]
 
 
 def _listed(layers: Sequence[int]) -> str:
