@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from refusalscope.inputs.chat import ChatModel
     from refusalscope.inputs.saes import SaeBank
+    from refusalscope.inputs.template import ChatStyle
     from refusalscope.mechanism.attribution import attribute
     from refusalscope.mechanism.direction import find
     from refusalscope.mechanism.interventions import (
@@ -52,6 +53,7 @@ _HOMES = {
     "Row": "core.types",
     "SaeSlice": "core.types",
     "ChatModel": "inputs.chat",
+    "ChatStyle": "inputs.template",
     "SaeBank": "inputs.saes",
     "attribute": "mechanism.attribution",
     "find": "mechanism.direction",
@@ -70,6 +72,7 @@ __all__ = [
     "AddDirection",
     "Attribution",
     "ChatModel",
+    "ChatStyle",
     "Direction",
     "Feature",
     "FeatureSet",

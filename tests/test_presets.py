@@ -72,19 +72,24 @@ def test_saes_load_by_saelens(preset: str) -> None:
 
 
 def test_gemma_scope_2_reads_its_shapes_from_the_hub() -> None:
-    """SAELens asks for them even offline: the server answers."""
+    """SAELens asks for them even offline: the server answers. Our reader, which does not ask, finds the same."""
     cache = Path(constants.HF_HUB_CACHE)
     served = [hub.PRESETS[name] for name in GEMMA_3]
     for one in served:
         hub.fill(cache, one)
     program = (
-        "import json, sys\nfrom sae_lens import SAE\n"
-        "saes = [SAE.from_pretrained(*one, dtype='float32') for one in json.loads(sys.argv[1])]\n"
-        "print(json.dumps([[sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.metadata.hook_name] for sae in saes]))\n"
+        "import json, sys\nfrom sae_lens import SAE\nfrom refusalscope.inputs.releases import gemma_scope_2\n"
+        "def read(one):\n"
+        "    theirs = SAE.from_pretrained(*one, dtype='float32')\n"
+        "    ours = SAE.from_pretrained(*one, dtype='float32', converter=gemma_scope_2).state_dict()\n"
+        "    same = {name: part.equal(ours[name]) for name, part in theirs.state_dict().items()}\n"
+        "    cfg = theirs.cfg\n"
+        "    return [cfg.d_in, cfg.d_sae, cfg.metadata.hook_name, len(same) == 5 and all(same.values())]\n"
+        "print(json.dumps([read(one) for one in json.loads(sys.argv[1])]))\n"
     )
     with hub.served(cache) as address:
         ended = python("-c", program, json.dumps([[one.release, one.sae_id] for one in served]), HF_ENDPOINT=address)
-    expected = [[32, hub.SMALL, f"blocks.{one.layer}.hook_resid_post"] for one in served]
+    expected = [[32, hub.SMALL, f"blocks.{one.layer}.hook_resid_post", True] for one in served]
     assert json.loads(ended.stdout) == expected
 
 

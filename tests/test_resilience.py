@@ -203,7 +203,7 @@ def test_a_stage_that_runs_out_of_memory_is_made_in_smaller_batches(tmp_path: Pa
         *[("late", 2)] * 6,  # both artifacts of the stage, and nothing of the one before
     ]
     recorded = run_options.recorded(folder, made.options)
-    assert recorded == {"batch_size": 5, "batch_sizes": {"late": 2}}
+    assert recorded == {"batch_size": 5, "chat": {}, "batch_sizes": {"late": 2}}
     assert not list(folder.rglob("*.parts"))
     made.close()
     again = job(folder, batch_size=5)

@@ -173,12 +173,19 @@ def filter_prompts(
         counts |= {f"{name}_kept": len(ids), f"{name}_dropped": len(prompts) - len(ids)}
         needed = MINIMUM_TRAIN if name.endswith("train") else MINIMUM_VALIDATION
         if len(ids) < needed:
-            raise NoDirection(
-                f"only {len(ids)} of {len(prompts)} {name.replace('_', ' ')} prompts are "
-                f"{'refused' if name.startswith('harmful') else 'answered'} by this model ({needed} are needed): "
-                "give more prompts, name its refusal token with --refusal-token, or keep them all with --keep-unrefused"
-            )
+            raise NoDirection(_too_few(name, len(ids), len(prompts), needed))
     return FitData(**kept), counts
+
+
+def _too_few(name: str, kept: int, given: int, needed: int) -> str:
+    kind = name.replace("_", " ")
+    if kept == given:
+        return f"there are only {given} {kind} prompts ({needed} are needed): give more"
+    return (
+        f"only {kept} of {given} {kind} prompts are {'refused' if name.startswith('harmful') else 'answered'} by this "
+        f"model ({needed} are needed): give more prompts, name its refusal token with --refusal-token, or keep them "
+        "all with --keep-unrefused"
+    )
 
 
 def mean_last_residuals(model: ChatModel, prompts: Prompts, *, batch_size: int) -> Float64[Tensor, "layers d_model"]:

@@ -263,7 +263,7 @@ def provenance(job: Job, fitted: Fitted, chosen: Chosen | None) -> dict[str, Any
     return {
         "model": job.target.name,
         "model_and_saes": job.target.identity,
-        "saes": job.target.saes.where,
+        "saes": f"{job.target.saes.where}, layers {', '.join(map(str, job.target.saes.names))}",
         "chat": job.derived["chat"],
         "direction": fingerprint(fitted.direction),
         "features": {} if chosen is None else {name: fingerprint(made) for name, made in chosen.sets.items()},

@@ -26,7 +26,7 @@ from refusalscope.mechanism.interventions import (
 )
 
 QUESTION = "Does editing these SAE features change whether the model refuses, and what does the edit cost?"
-RATES = (*OUTCOMES, "coherent", "complied", "refused_first_token")
+RATES = (*OUTCOMES, "coherent", "complied", "refused_first_token", "reasoning_refused")
 COMPARED = ("refused", "answered", "complied")
 
 
