@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from refusalscope.core.types import Direction, Prompt, Prompts
 from refusalscope.inputs.chat import ChatModel, Tokens
 from refusalscope.inputs.saes import SaeBank
-from refusalscope.mechanism import attribution, naive
+from refusalscope.mechanism import attribution, naive, reading
 from refusalscope.mechanism.attribution import Scheme
 from refusalscope.testbed import grammar
 from refusalscope.testbed.shipped import ASSETS
@@ -131,7 +131,7 @@ def runner(bench: Bench, variant: str) -> Callable[[], float]:
 
     def run() -> float:
         traces = [traced(bench, scheme)]
-        entries = [attribution.layer_entries(bench.saes.layer(layer), traces, features)[0] for layer in layers]
+        entries = [reading.layer_entries(bench.saes.layer(layer), traces, features)[0] for layer in layers]
         return sum(float(part.value.abs().sum()) for part in entries)
 
     return run

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from refusalscope.core.scores import Attribution
 from refusalscope.inputs.chat import ChatModel
-from refusalscope.mechanism import attribution, effects
+from refusalscope.mechanism import attribution, effects, reading
 from refusalscope.mechanism import naive as shipped
 from refusalscope.mechanism.attribution import (
     Scheme,
@@ -86,7 +86,7 @@ def test_the_shipped_naive_formulation_equals_ours(scheme: str, tmp_path: Path) 
     opened = {layer: saes.layer(layer) for layer in saes.layers}
     expected = shipped.attribute(model, opened, part, rule)
     for layer, sae in opened.items():
-        entries = attribution.layer_entries(sae, [part], None)[0]
+        entries = reading.layer_entries(sae, [part], None)[0]
         inside = expected[layer][entries.prompt, entries.position + part.ids.shape[1], entries.feature]
         torch.testing.assert_close(entries.value, inside, atol=1e-4 * float(expected[layer].abs().max()), rtol=0)
 
@@ -143,8 +143,8 @@ def test_layerwise_is_complete(family: str, tmp_path: Path) -> None:
     )
     gap = (part.metric_patched - part.metric_clean).abs()
     for layer in range(4):
-        totals = attribution.layer_totals(saes.layer(layer), [part])
-        entries = attribution.layer_entries(saes.layer(layer), [part], None)[0]
+        totals = reading.layer_totals(saes.layer(layer), [part])
+        entries = reading.layer_entries(saes.layer(layer), [part], None)[0]
         listed = torch.zeros(len(gap)).index_add_(0, entries.prompt, entries.value)
         torch.testing.assert_close(listed, totals.features, atol=1e-3, rtol=1e-3)
         effect = effects.swap_layer(model, part, layer)

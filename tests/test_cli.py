@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from refusalscope import cli
-from refusalscope.pipeline import job, measure
+from refusalscope.pipeline import job, measure, sources
 from refusalscope.pipeline import options as run_options
 from refusalscope.pipeline.options import Options
 from tests import tiny
@@ -124,7 +124,7 @@ def test_prompts_are_fetched_once(here: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("refusalscope.inputs.fetch.fetch", fetched)
     for _ in range(2):
-        assert job.common_prompts(lambda *_: None) == Path("data/refusal_direction")
+        assert sources.common_prompts(lambda *_: None) == Path("data/refusal_direction")
     assert [path.name for path in Path("data").iterdir()] == ["refusal_direction"]
 
 

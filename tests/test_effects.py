@@ -9,7 +9,7 @@ from refusalscope.core.scores import Trace
 from refusalscope.core.types import Feature, FeatureSet
 from refusalscope.inputs.chat import ChatModel
 from refusalscope.inputs.saes import SaeBank
-from refusalscope.mechanism import attribution, effects
+from refusalscope.mechanism import attribution, effects, reading
 from refusalscope.mechanism.attribution import gauss_legendre, layerwise, trace
 from refusalscope.mechanism.interventions import ScaleFeatures, editor
 from tests import tiny
@@ -72,7 +72,7 @@ def test_a_prediction_is_the_attribution_summed_over_positions(model: ChatModel,
     moved = effects.deltas(traced, list(saes.slices(WANTED).values()))
     predicted = effects.predicted(traced, moved)
     entries = [
-        part for layer, some in WANTED.items() for part in attribution.layer_entries(saes.layer(layer), [traced], some)
+        part for layer, some in WANTED.items() for part in reading.layer_entries(saes.layer(layer), [traced], some)
     ]
     for row, delta in enumerate(moved):
         part = next(part for part in entries if part.layer == delta.feature.layer)

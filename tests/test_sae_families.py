@@ -16,8 +16,8 @@ from refusalscope.core.types import Feature, FeatureSet, SaeSlice
 from refusalscope.inputs.chat import Batch
 from refusalscope.inputs.saes import LayerSae, SaeBank
 from refusalscope.inputs.template import Role
-from refusalscope.mechanism import attribution, features
-from refusalscope.mechanism.attribution import attribute, gauss_legendre, layer_totals, left_riemann, sound, trace
+from refusalscope.mechanism import attribution, features, reading
+from refusalscope.mechanism.attribution import attribute, gauss_legendre, left_riemann, sound, trace
 from refusalscope.mechanism.features import Residuals
 from refusalscope.mechanism.interventions import Intervention, ScaleFeatures, SetFeatures, editor
 from refusalscope.pipeline import select
@@ -215,8 +215,8 @@ def test_totals_are_the_attributions_summed_and_the_rest_of_the_way(family: str,
     saes = tiny.bank(tmp_path, family=family, normalise="layer_norm")
     part = trace(model, model.tokens(tiny.prompts()), direction, layers=range(4), scheme=sound())
     for layer in range(4):
-        totals = layer_totals(saes.layer(layer), [part])
-        entries = attribution.layer_entries(saes.layer(layer), [part], None)[0]
+        totals = reading.layer_totals(saes.layer(layer), [part])
+        entries = reading.layer_entries(saes.layer(layer), [part], None)[0]
         listed = torch.zeros(len(part.prompt_ids)).index_add_(0, entries.prompt, entries.value)
         torch.testing.assert_close(listed, totals.features, atol=1e-3, rtol=1e-3)
         way = ((part.patched - part.clean) * part.gradient)[layer].sum(-1)

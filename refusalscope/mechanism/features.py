@@ -17,7 +17,7 @@ from refusalscope.core.scores import Attribution, Scores, Trace
 from refusalscope.core.types import Direction, Feature, FeatureSet, Prompts, SaeSlice, ordered_features
 from refusalscope.inputs.chat import ChatModel, scored
 from refusalscope.inputs.saes import LayerSae
-from refusalscope.mechanism.attribution import at_layer
+from refusalscope.mechanism.reading import at_layer
 
 PER_LAYER = 10
 """K0: candidates per layer (published)."""

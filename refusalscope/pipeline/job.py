@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
 from refusalscope.core.types import Prompts
-from refusalscope.inputs import fetch, presets, prompts
+from refusalscope.inputs import presets, prompts
 from refusalscope.inputs.chat import ChatModel, choose_device
 from refusalscope.inputs.saes import SaeBank
 from refusalscope.inputs.template import ChatStyle
 from refusalscope.pipeline import options as run_options
+from refusalscope.pipeline import sources
 from refusalscope.pipeline.environment import describe, versions
 from refusalscope.pipeline.options import Options
 
@@ -27,8 +28,6 @@ LARGEST_BATCH = 64
 VALUE_SHARES = (0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
 """Of a set's mean largest activation on harmful prompts: small ones too, since the whole mean breaks the text."""
 TOO_LONG = "too_long.json"
-COMMON_PROMPTS = Path("data/refusal_direction")
-"""Where the prompts lie that are used when neither the options nor the preset name any."""
 
 
 class Job:
@@ -47,10 +46,10 @@ class Job:
             sae_id=options.sae_id,
             layers=options.layers,
         )
-        self._style = ChatStyle(options.system, options.thinking, read_template(options.chat_template))
+        self._style = ChatStyle(options.system, options.thinking, sources.read_template(options.chat_template))
         self.store = Store(folder)
-        self.prompts = options.prompts or (None if self.target.prompts else common_prompts(progress))
-        self._given = load_prompts(options, self.prompts)
+        self.prompts = options.prompts or (None if self.target.prompts else sources.common_prompts(progress))
+        self._given = sources.load_prompts(options, self.prompts)
         self._recorded = run_options.recorded(folder, options)
         self._stage = ""
         self._started = time.monotonic()
@@ -272,52 +271,6 @@ class Job:
     def close(self) -> None:
         """Let other processes have the folder."""
         self.store.claim.release()
-
-
-def common_prompts(progress: Progress) -> Path:
-    """The `refusal_direction` collection: where it lies below the working folder, or fetched to there."""
-    if not COMMON_PROMPTS.is_dir():
-        # Renamed when it is whole, so that an interrupted download is not taken for a collection.
-        partly = COMMON_PROMPTS.with_suffix(".partial")
-        try:
-            fetch.fetch(COMMON_PROMPTS.name, partly, progress=progress)
-        except ValueError as error:
-            raise ValueError(f"{error}; or name prompts of your own with --prompts") from error
-        partly.rename(COMMON_PROMPTS)
-    return COMMON_PROMPTS
-
-
-def read_template(path: Path | None) -> str | None:
-    """A chat template's text. Raises ValueError, one line, when the file cannot be read."""
-    if path is None:
-        return None
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--chat-template {path} cannot be read: {error}") from error
-
-
-def load_prompts(options: Options, path: Path | None) -> prompts.PromptSets:
-    """The prompts of a file or folder, or the testbed's if None, as the options restrict them."""
-    sets = _all_prompts(options, path)
-    if options.datasets is not None:
-        sets = prompts.only(sets, options.datasets)
-    return prompts.for_paper(sets) if options.protocol == "paper" else sets
-
-
-def _all_prompts(options: Options, path: Path | None) -> prompts.PromptSets:
-    if path is None:
-        fewer = options.limit or prompts.TRAIN_COUNT
-        return prompts.from_testbed(
-            count=options.limit or 150,
-            full=options.full,
-            train=min(prompts.TRAIN_COUNT, max(32, fewer)),
-            validation=min(prompts.VALIDATION_COUNT, max(16, fewer)),
-        )
-    count = options.limit or 100  # of real sets the first 100, as published
-    if path.is_dir():
-        return prompts.from_refusal_direction(path, count=count, published_draw=options.protocol == "paper")
-    return prompts.from_file(path, columns=options.columns, label=options.label, count=count)
 
 
 def choose_batch_size(model: ChatModel) -> int:

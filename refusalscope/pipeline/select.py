@@ -10,8 +10,9 @@ from refusalscope.core.scores import Attribution, Scores, Trace
 from refusalscope.core.types import Feature, FeatureSet, Prompts, SaeSlice, layers_of
 from refusalscope.inputs.chat import scored
 from refusalscope.mechanism import attribution, direction, features
-from refusalscope.mechanism.attribution import Entries, LayerTotals, NodeCheck, Scheme
+from refusalscope.mechanism.attribution import NodeCheck, Scheme
 from refusalscope.mechanism.features import Choice, LayerSurvey
+from refusalscope.mechanism.reading import Entries, LayerTotals, assemble, layer_entries, layer_totals
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 
@@ -181,20 +182,20 @@ def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Tra
         sae = job.saes.layer(layer)
         surveys.append(features.survey(sae, harmful, fitted.direction, keep=max(features.PER_LAYER, most)))
         listed = features.candidates(surveys[-1:])[layer]
-        entries += attribution.layer_entries(sae, traces, listed)
-        totals.append(attribution.layer_totals(sae, traces))
+        entries += layer_entries(sae, traces, listed)
+        totals.append(layer_totals(sae, traces))
         if sae.note:
             notes.setdefault(sae.note, []).append(layer)
         if slope_traces:
-            slopes += attribution.layer_entries(sae, slope_traces, listed)
+            slopes += layer_entries(sae, slope_traces, listed)
         if "attribution" in wanted:
             scores.append(features.layer_scores(sae, traces, k=most, where=where, over=over))
         if harmless is not None:
             highest.append(features.layer_highest(sae, maxima, harmless))
     return Reading(
         surveys,
-        attribution.assemble(traces, entries),
-        attribution.assemble(slope_traces, slopes) if slope_traces else None,
+        assemble(traces, entries),
+        assemble(slope_traces, slopes) if slope_traces else None,
         features.join(scores) if scores else None,
         (features.join([a for a, _ in highest]), features.join([b for _, b in highest])) if highest else None,
         totals,

@@ -9,7 +9,7 @@ from refusalscope.core.scores import Trace
 from refusalscope.core.types import Finding, Prompts, SaeSlice
 from refusalscope.inputs.saes import LayerSae
 from refusalscope.inputs.template import Role
-from refusalscope.mechanism import attribution, effects, features, naive
+from refusalscope.mechanism import attribution, effects, features, naive, reading
 from refusalscope.mechanism.attribution import gauss_legendre, left_riemann
 from refusalscope.mechanism.effects import Delta
 from refusalscope.pipeline.fit import Fitted
@@ -128,7 +128,7 @@ def _factored(job: Job, fitted: Fitted, few: Prompts) -> dict[str, dict[str, flo
 def _largest_difference(sae: LayerSae, part: Trace, expected: Tensor) -> float:
     expected = expected * (part.roles != Role.PADDING)[..., None]
     ours = torch.zeros_like(expected)
-    entries = attribution.layer_entries(sae, [part], None)[0]
+    entries = reading.layer_entries(sae, [part], None)[0]
     ours[entries.prompt, entries.position + expected.shape[1], entries.feature] = entries.value
     return float((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
@@ -146,7 +146,7 @@ def _complete(job: Job, traces: Sequence[Trace]) -> dict[int, list[float]]:
     shares: dict[int, list[float]] = {}
     for done, layer in enumerate(job.saes.layers):
         job.progress("verify: completeness", done, len(job.saes.layers))
-        totals = attribution.layer_totals(job.saes.layer(layer), traces)
+        totals = reading.layer_totals(job.saes.layer(layer), traces)
         swaps = torch.cat([effects.swap_layer(job.model, part, layer) for part in traces])
         gap = torch.cat([part.metric_patched - part.metric_clean for part in traces])
         shares[layer] = ((totals.features + totals.error - swaps) / gap).abs().tolist()
