@@ -234,11 +234,9 @@ def test_where_the_limit_came_before_the_answer_nothing_is_scored() -> None:
     (row,) = judges.judge(
         prompts, Responses("set", "base", "", (thinking,)), refusal_tokens=[5], cut_off_counts=True
     ).rows
-    of_answer = dict(row.scores)
-    assert of_answer.pop("reasoning_refused") == 0
-    assert set(of_answer) == {*judges.OUTCOMES, "coherent", "refused_first_token", "complied"}
-    assert all(math.isnan(score) for score in of_answer.values())
-    assert {row.reasons[name] for name in of_answer} == {"no answer: still reasoning at the limit"}
+    assert set(row.scores) == {*judges.OUTCOMES, "coherent", "refused_first_token", "reasoning_refused", "complied"}
+    assert all(math.isnan(score) for score in row.scores.values())
+    assert set(row.reasons.values()) == {"no answer: still reasoning at the limit"}
     ended = replace(thinking, finish="end")
     (row,) = judges.judge(prompts, Responses("set", "base", "", (ended,)), refusal_tokens=[5], cut_off_counts=True).rows
     assert row.reasons["incoherent"] == "empty"
@@ -268,3 +266,8 @@ def test_reasoning_is_judged_apart_from_the_answer(reasoning: str, score: float)
     assert judged.score("answered") == [1.0, 1.0]
     assert judged.score("reasoning_refused")[0] == score
     assert math.isnan(judged.score("reasoning_refused")[1])
+
+
+def test_a_refusal_weighed_before_the_limit_counts() -> None:
+    unfinished = response("", reasoning="I must refuse this. But then", first_token=None, finish="length")
+    assert judges.refused_in_reasoning(unfinished).score == 1

@@ -191,7 +191,7 @@ def test_reasoning_that_never_ends_is_no_answer_and_unscored(name: str) -> None:
     ).rows
     assert all(math.isnan(score) for score in row.scores.values())
     assert set(row.reasons.values()) == {"no answer: still reasoning at the limit"}
-    assert {"refused", "answered", "incoherent", "coherent", "refused_first_token"} == set(row.scores)
+    assert set(row.scores) == {*judges.OUTCOMES, "coherent", "refused_first_token", "reasoning_refused"}
 
 
 def test_costs_are_read_on_what_was_generated_reasoning_included() -> None:
