@@ -141,8 +141,12 @@ def test_a_name_that_no_repository_can_have(name: str, cache: Path) -> None:
 
 
 def test_a_repository_without_saes_named_for_it_is_told_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"SAELens knows llama-3.1-8b-instruct-andyrdt, .*llama_scope_lxr_8x"):
+    with pytest.raises(
+        ValueError, match=r"SAELens knows llama-3.1-8b-instruct-andyrdt, .*llama_scope_lxr_8x"
+    ) as raised:
         presets.resolve("meta-llama/Llama-3.1-8B-Instruct")
+    assert "it is the model of the preset llama-3.1-8b and of llama-3.1-8b-andyrdt" in str(raised.value)
+    assert "llama_scope_lxa" not in str(raised.value)
 
 
 def test_identity_changes_with_commit_and_layers(cache: Path, tmp_path: Path) -> None:

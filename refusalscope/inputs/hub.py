@@ -37,7 +37,7 @@ def snapshot(repository: str, *patterns: str, revision: str | None = None) -> Pa
     except LocalEntryNotFoundError as error:
         raise ValueError(
             f"{repository} is not in the local cache and the Hugging Face hub cannot be reached: "
-            f"run `hf download {repository}` where there is a network"
+            "run the same command once where there is a network"
         ) from error
     except OSError as error:
         raise ValueError(f"cannot download {repository}: {_first_line(error)}") from error

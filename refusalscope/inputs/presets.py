@@ -145,11 +145,19 @@ def _saes(
         return _from_pattern(_path(preset["saes"]))
     if "sae_release" in preset:
         return releases.from_release(preset["sae_release"], sae_id or preset.get("sae_id"))
-    known = [] if _is_folder(name) else releases.releases_for(name)
-    hint = f"; SAELens knows {', '.join(known)} for it" if known else ""
     raise ValueError(
         f"model {name}: name its SAEs with --saes FOLDER, {{layer}} where the layer's number stands, or with "
-        f"--sae-release{hint}"
+        f"--sae-release{_known_saes(name)}"
+    )
+
+
+def _known_saes(name: str) -> str:
+    """Presets and releases for a repository, in words; empty for a folder, and where none is known."""
+    same = [preset for preset, settings in presets().items() if settings["model"] == name]
+    known = [] if _is_folder(name) else releases.releases_for(name)
+    shown = ", ".join(known[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
+    return (f"; it is the model of the preset {' and of '.join(same)}" if same else "") + (
+        f"; SAELens knows {shown} for it" if known else ""
     )
 
 

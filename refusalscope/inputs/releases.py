@@ -21,8 +21,8 @@ from refusalscope.inputs import hub
 L0 = 100
 """Where ids name their average L0, the one nearest this is taken, as published."""
 
-_ELSEWHERE = re.compile("transcoder|clt|mlp|att|hook-z|embedding|mid")
-"""In the names of releases that are not on the residual stream after a layer."""
+_ELSEWHERE = re.compile("transcoder|clt|mlp|att|hook-z|embedding|mid|lxa|lxm|temporal")
+"""In the names of releases that are no SAEs on the residual stream after a layer."""
 
 Loader = Callable[[str], Any]
 """device -> SAELens's SAE."""
