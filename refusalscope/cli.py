@@ -27,7 +27,7 @@ app.add_typer(testbed_app, name="testbed")
 Model = Annotated[
     str | None,
     typer.Argument(
-        help="A preset (see `refusalscope models`), a Hugging Face repository or a folder. [default: testbed]"
+        help="A preset (see `refusalscope models`), a Hugging Face repository or a folder. (default: testbed)"
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="Name of the run folder below --runs; the model's name by default.")]
@@ -43,18 +43,24 @@ Layers = Annotated[
     list[str] | None, typer.Option("--layers", help="Use these layers' SAEs alone: 9, or 3,7, or 3-7; repeatable.")
 ]
 System = Annotated[str | None, typer.Option(help="A system prompt for every chat.")]
-Thinking = Annotated[str | None, typer.Option(help="Let a reasoning model think before it answers: on or off.")]
+Thinking = Annotated[
+    str | None, typer.Option(help="Let a reasoning model think before it answers: on or off. (default: off)")
+]
 ChatTemplate = Annotated[Path | None, typer.Option(help="A chat template (Jinja) instead of the model's own.")]
 DeviceMap = Annotated[str | None, typer.Option(help="auto: split the model over all GPUs.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="auto, float32, bfloat16 or float16. [default: auto, float32 on the CPU]")
+    str | None, typer.Option(help="auto, float32, bfloat16 or float16. (default: auto, float32 on the CPU)")
 ]
 Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit, where bitsandbytes is installed.")]
 RemoteCode = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")
 ]
 PromptFile = Annotated[
-    Path | None, typer.Option(help="A CSV, JSONL or JSON file of prompts, or the refusal_direction folder.")
+    Path | None,
+    typer.Option(
+        help="A CSV, JSONL or JSON file of prompts, or a folder like refusal_direction's. "
+        "(default: data/refusal_direction, fetched if it is not there; the testbed's own)"
+    ),
 ]
 Columns = Annotated[str | None, typer.Option(help="Your file's columns: text=NAME,label=NAME,category=NAME.")]
 Label = Annotated[str | None, typer.Option(help="Label of a file without a label column: harmful or harmless.")]
@@ -67,28 +73,28 @@ Dataset = Annotated[
 ]
 Protocol = Annotated[
     str | None,
-    typer.Option(help="sound, or paper: as the published code does it, for one --dataset. [default: sound]"),
+    typer.Option(help="sound, or paper: as the published code does it, for one --dataset. (default: sound)"),
 ]
 Full = Annotated[bool | None, typer.Option("--full", help="The testbed's whole grid; more sets, sizes and draws.")]
-SetSize = Annotated[int | None, typer.Option("--k", help="Features per set, K*. [default: 20]")]
+SetSize = Annotated[int | None, typer.Option("--k", help="Features per set, K*. (default: 20)")]
 Method = Annotated[
     list[str] | None,
-    typer.Option("--method", help="A feature set to make: see the docs for the six; repeatable. [default: three]"),
+    typer.Option("--method", help="A feature set to make: see the docs for the six; repeatable. (default: three)"),
 ]
 Value = Annotated[
     list[float] | None, typer.Option("--value", help="What to set features to when inducing refusal; repeatable.")
 ]
-Draws = Annotated[int | None, typer.Option(help="Random control sets. [default: 3, under --full 10]")]
+Draws = Annotated[int | None, typer.Option(help="Random control sets. (default: 3, under --full 10)")]
 Factor = Annotated[
     list[float] | None, typer.Option("--factor", help="Scaling factor to try on validation prompts; repeatable.")
 ]
 Token = Annotated[list[str] | None, typer.Option(help="Refusal token, instead of finding it; repeatable.")]
 BestLayer = Annotated[int | None, typer.Option(help="Layer of the direction, instead of choosing it.")]
 KeepUnrefused = Annotated[bool | None, typer.Option("--keep-unrefused", help="Fit on prompts answered against label.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Where answers are cut off. [default: 256; the testbed 64]")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Where answers are cut off. (default: 256; the testbed 64)")]
 BatchSize = Annotated[int | None, typer.Option(help="Prompts per batch, instead of choosing it from memory.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps. [default: auto]")]
-Seed = Annotated[int | None, typer.Option(help="Seed of random sets and resamples. [default: 0]")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps. (default: auto)")]
+Seed = Annotated[int | None, typer.Option(help="Seed of random sets and resamples. (default: 0)")]
 
 
 def run_chain(job: "Job") -> str:

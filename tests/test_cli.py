@@ -79,6 +79,14 @@ def test_help_loads_no_library(words: list[str]) -> None:
     assert not loaded & HEAVY
 
 
+def test_help_names_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 300)
+    shown = CliRunner().invoke(cli.app, ["run", "--help"], terminal_width=300).stdout
+    # In square brackets they would be taken for markup and left out.
+    assert "(default: 3, under --full 10)" in shown
+    assert "(default: testbed)" in shown
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [("tesbed", "unknown model 'tesbed': did you mean testbed?"), ("zzz", "unknown model 'zzz': Known are testbed")],

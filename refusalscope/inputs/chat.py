@@ -135,8 +135,13 @@ class ChatModel:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def longer(self, prompts: Prompts, limit: int) -> list[str]:
-        """Ids of the prompts that are more than `limit` tokens once the template is around them."""
-        return [prompt.id for prompt in prompts if len(self.template.encode(prompt.text).ids) > limit]
+        """Ids of the prompts that are more than `limit` tokens once the template is around them, in either mode."""
+        modes: set[Thinking] = {"off", self.template.style.thinking}
+        return [
+            prompt.id
+            for prompt in prompts
+            if any(len(self.template.encode(prompt.text, thinking=mode).ids) > limit for mode in modes)
+        ]
 
     def tokens(self, prompts: Prompts, responses: Mapping[str, Response] | None = None) -> Tokens:
         """Render and left-pad `prompts`; with `responses` (by prompt id) each is followed by its answer.
