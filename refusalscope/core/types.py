@@ -6,7 +6,7 @@ No weights, no models, no files. A stage takes nouns and machines and returns no
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -161,6 +161,14 @@ class FeatureSet:
         return self._filtered(set(self.features) - set(other.features), f"{self.method} - {other.method}")
 
 
+class OwnUnits(NamedTuple):
+    """Activations as the SAE itself counts them."""
+
+    activations: Float[Tensor, "*batch k"]
+    scale: Float[Tensor, "*batch 1"]
+    """s: residual units per unit of the SAE's own."""
+
+
 @dataclass(frozen=True)
 class SaeSlice:
     """K features of one layer's SAE: all that an edit needs, float32. A gated SAE's are written as JumpReLU."""
@@ -181,18 +189,21 @@ class SaeSlice:
 
     def encode(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch k"]:
         """Feature activations in residual units."""
-        return self.encode_own(residual) * self.scale(residual)
+        own, scale = self.read(residual)
+        return own * scale
 
     def encode_own(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch k"]:
         """Feature activations in the SAE's own units."""
-        z = normalise(residual, self.normalisation).inputs
-        if self.active is None:
-            return jump_relu(z @ self.encoder + self.bias, self.threshold)
-        return jump_relu(among_largest(z, self.encoder, self.bias, self.features, self.active), self.threshold)
+        return self.read(residual).activations
 
-    def scale(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
-        """Residual units per unit of the SAE's own, at each token."""
-        return normalise(residual, self.normalisation).scale
+    def read(self, residual: Float[Tensor, "*batch d_model"]) -> OwnUnits:
+        """Feature activations in the SAE's own units, and what one of these is in residual units at each token."""
+        z = normalise(residual, self.normalisation)
+        if self.active is None:
+            before = z.inputs @ self.encoder + self.bias
+        else:
+            before = among_largest(z.inputs, self.encoder, self.bias, self.features, self.active)
+        return OwnUnits(jump_relu(before, self.threshold), z.scale)
 
     def take(self, wanted: Sequence[int]) -> "SaeSlice":
         """The part of the slice that holds these feature indices. Raises ValueError when one is not in it."""

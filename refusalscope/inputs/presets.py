@@ -1,6 +1,5 @@
 """What a model name on the command line means: a preset of the table, a Hugging Face repository, a folder on disk."""
 
-import difflib
 import hashlib
 import re
 import tomllib
@@ -118,11 +117,10 @@ def _model(name: str, preset: dict[str, Any]) -> str:
     if _is_folder(name) or (_REPOSITORY.fullmatch(name) and not Path(name).exists()):
         return name
     table = presets()
-    near = difflib.get_close_matches(name, table, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
-        f"unknown model {name!r}: {hint}Known are {', '.join(table)}; or give a Hugging Face repository (owner/name) "
-        "or the folder of a checkpoint (with a config.json), and its SAEs with --sae-release or --saes"
+        f"unknown model {name!r}: {releases.did_you_mean(name, table)}Known are {', '.join(table)}; "
+        "or give a Hugging Face repository (owner/name) or the folder of a checkpoint (with a config.json), and its "
+        "SAEs with --sae-release or --saes"
     )
 
 

@@ -51,33 +51,28 @@ class SaeSource:
 
 def from_folders(pattern: str) -> SaeSource:
     """Folders in SAELens's format; `pattern` holds {layer}. Raises ValueError when none fits."""
-    head, tail = _require_layer(pattern, "--saes").split("{layer}", 1)
-    shape = _regex(pattern)
+    head = _require_layer(pattern, "--saes").split("{layer}", 1)[0]
     parent = Path(head).parent if not head.endswith("/") else Path(head)
     depth = len(Path(pattern).relative_to(parent).parts)
-    matches = ((shape.fullmatch(str(path)), path) for path in parent.glob("/".join("*" * depth)))
-    found = {int(match["layer"]): path for match, path in matches if match and (path / "cfg.json").is_file()}
-    if not found:
-        raise ValueError(f"no SAE folder (with a cfg.json) fits {head}{{layer}}{tail}")
-    found = dict(sorted(found.items()))
+    folders = (path for path in parent.glob("/".join("*" * depth)) if (path / "cfg.json").is_file())
+    names = matching(map(str, folders), pattern)
+    if not names:
+        raise ValueError(f"no SAE folder (with a cfg.json) fits {pattern}")
     return SaeSource(
         where=Path(pattern).name,
-        names={layer: str(path) for layer, path in found.items()},
-        loaders={layer: partial(open_folder, path) for layer, path in found.items()},
-        identity=digest(found.values()),
+        names=names,
+        loaders={layer: partial(open_folder, Path(name)) for layer, name in names.items()},
+        identity=digest(map(Path, names.values())),
     )
 
 
 def from_repository(text: str) -> SaeSource:
     """`repository:path`, {layer} in the path: SAELens folders in a Hugging Face repository, at its newest commit."""
     repository, path = text.split(":", 1)
-    shape = _regex(_require_layer(path, "--saes"))
-    folder = hub.snapshot(repository, path.replace("{layer}", "*") + "/cfg.json")
-    inside = [str(file.parent.relative_to(folder)) for file in sorted(folder.rglob("cfg.json"))]
-    names = {int(match["layer"]): name for name in inside if (match := shape.fullmatch(name))}
+    folder = hub.snapshot(repository, _require_layer(path, "--saes").replace("{layer}", "*") + "/cfg.json")
+    names = matching((str(file.parent.relative_to(folder)) for file in folder.rglob("cfg.json")), path)
     if not names:
         raise ValueError(f"{repository} holds no SAE folder (with a cfg.json) that fits {path}")
-    names = dict(sorted(names.items()))
     return SaeSource(
         where=text,
         names=names,
@@ -95,9 +90,7 @@ def from_release(release: str, pattern: str | None) -> SaeSource:
 
     registry = get_pretrained_saes_directory()
     if release not in registry:
-        near = difflib.get_close_matches(release, registry, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"SAELens knows no release {release!r}: {hint}See `docs/models.md`")
+        raise ValueError(f"SAELens knows no release {release!r}: {did_you_mean(release, registry)}See `docs/models.md`")
     entry = registry[release]
     ids = list(entry.saes_map)
     names = matching(ids, _only_pattern(release, ids) if pattern is None else _require_layer(pattern, "--sae-id"))
@@ -135,6 +128,12 @@ def matching(ids: Iterable[str], pattern: str) -> dict[int, str]:
             layer, rank = int(match["layer"]), (abs(l0 - L0), l0, name)
             best[layer] = min(best.get(layer, rank), rank)
     return {layer: name for layer, (_, _, name) in sorted(best.items())}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known names nearest to `name`, as a question; empty if none is near."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def digest(folders: Iterable[Path]) -> str:

@@ -234,8 +234,8 @@ def _activations(part: SaeSlice, features: Sets, rule: Rule, made: Editor) -> Ed
         if part.active is None:
             placed[residual.device] = here
         chosen = membership(part, features, batch.prompt_ids).to(residual.device)
-        scale = here.scale(residual)
-        active = here.encode_own(residual) * scale
+        own, scale = here.read(residual)
+        active = own * scale
         change = (rule(active, scale, batch) - active) * chosen[:, None, :]
         moved = (change != 0).any(-1)
         made.count(moved, batch)
