@@ -17,7 +17,8 @@ from refusalscope.mechanism.interventions import Intervention, RemoveDirection, 
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.measure import STRENGTHS
-from refusalscope.pipeline.select import Chosen, make_traces, opening_refused, refused_prompts
+from refusalscope.pipeline.select import Chosen
+from refusalscope.pipeline.traces import make_traces, opening_refused, refused_prompts
 
 STRONGEST = 5
 """Prompts shown per feature."""

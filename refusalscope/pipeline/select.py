@@ -9,14 +9,13 @@ import torch
 from refusalscope.core.scores import Attribution, Scores, Trace
 from refusalscope.core.types import Feature, FeatureSet, Prompts, SaeSlice, layers_of
 from refusalscope.inputs.chat import scored
-from refusalscope.mechanism import attribution, direction, features
-from refusalscope.mechanism.attribution import NodeCheck, Scheme
+from refusalscope.mechanism import attribution, features
+from refusalscope.mechanism.attribution import NodeCheck
 from refusalscope.mechanism.features import Choice, LayerSurvey
 from refusalscope.mechanism.reading import Entries, LayerTotals, assemble, layer_entries, layer_totals
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
-
-TRACES = "attributions"
+from refusalscope.pipeline.traces import TRACES, kept_traces, refused_prompts
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
     published = job.options.protocol == "paper"
     train = fitted.data.harmful_train
     refused = train if published else refused_prompts(job, fitted, train, size=job.size("features"))
-    nodes = [] if published else enough_nodes(job, fitted, refused)
+    nodes = [] if published else attribution.enough_nodes(job.model, refused, fitted.direction, layers=job.saes.layers)
     scheme = attribution.paper() if published else attribution.sound(nodes[-1].nodes)
     traces = kept_traces(job, fitted, refused, scheme, key)
     attribution.check_flipped(traces)
@@ -107,52 +106,6 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
     }
     # The index comes last: while it is missing, a killed stage is made again.
     job.store.put("features/index.json", key, index)
-
-
-def refused_prompts(job: Job, fitted: Fitted, rows: Prompts, *, size: int) -> Prompts:
-    """The prompts whose first token refuses; all of them under --keep-unrefused."""
-    return rows if job.options.keep_unrefused else opening_refused(job, fitted, rows, size=size)
-
-
-def opening_refused(job: Job, fitted: Fitted, rows: Prompts, *, size: int) -> Prompts:
-    """The prompts whose first token refuses."""
-    first = direction.first_tokens(job.model, rows, batch_size=size).argmax.tolist()
-    return rows.keep(
-        prompt for prompt, token in zip(rows.ids, first, strict=True) if token in fitted.direction.refusal_tokens
-    )
-
-
-def kept_traces(job: Job, fitted: Fitted, rows: Prompts, scheme: Scheme, key: str) -> list[Trace]:
-    """Traces of all prompts under one scheme, each batch kept on disk until the feature sets are written."""
-
-    def make(part: Prompts) -> Trace:
-        job.progress(f"attribution: gradients ({scheme.name})", rows.ids.index(part.ids[0]), len(rows))
-        return trace_of(job, fitted, part, scheme)
-
-    path = f"{TRACES}/{scheme.name}"
-    parts = job.parts("features", path, key=key, rows=rows, kind=Trace, make=make)
-    return [job.store.read(part, Trace) for part in parts]
-
-
-def trace_of(job: Job, fitted: Fitted, rows: Prompts, scheme: Scheme) -> Trace:
-    """The trace of one batch."""
-    tokens = job.model.tokens(rows).to(job.model.device)
-    return attribution.trace(job.model, tokens, fitted.direction, layers=job.saes.layers, scheme=scheme)
-
-
-def make_traces(job: Job, fitted: Fitted, rows: Prompts, scheme: Scheme, *, size: int) -> list[Trace]:
-    """Traces of a few prompts, batch by batch, in memory alone."""
-    starts = range(0, len(rows), size)
-    made = []
-    for start in starts:
-        job.progress(f"attribution: gradients ({scheme.name})", start, len(rows))
-        made.append(trace_of(job, fitted, rows[start : start + size], scheme))
-    return made
-
-
-def enough_nodes(job: Job, fitted: Fitted, refused: Prompts) -> list[NodeCheck]:
-    """The node counts tried on the first of these prompts; the last one is enough."""
-    return attribution.enough_nodes(job.model, refused, fitted.direction, layers=job.saes.layers)
 
 
 def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Trace], key: str) -> Reading:

@@ -15,7 +15,7 @@ from refusalscope.mechanism.effects import Delta
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.measure import keep_finding, provenance
-from refusalscope.pipeline.select import make_traces, refused_prompts
+from refusalscope.pipeline.traces import make_traces, refused_prompts
 from refusalscope.studies import verification
 from refusalscope.studies.verification import Measured
 
