@@ -270,7 +270,7 @@ FAULTS = {
     "a list": ([finding_with()], "expected an object"),
     "rows are no list": (finding_with(rows=None), "benchmark.json cannot be read"),
     "a row of other keys": (finding_with(rows=[{"dataset": "x"}]), "row 0 must have the keys"),
-    "a row too wide": (finding_with(rows=[{**finding_with()["rows"][0], "p": 1}]), "row 0 must have the keys"),
+    "a row too wide": (finding_with(rows=[{**finding_with()["rows"][0], "extra": 1}]), "row 0 must have the keys"),
     "n = 0 with numbers": (finding_with(n=0), "n = 0 does not fit"),
     "numbers missing": (finding_with(low=None), "n = 3 does not fit"),
     "a negative n": (finding_with(n=-3), "n = -3 is no count"),

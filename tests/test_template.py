@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from refusalscope.core.types import Prompt, Prompts, Response, Responses
-from refusalscope.evals import capability, judges
+from refusalscope.evals import capability, rules
 from refusalscope.inputs.chat import ChatModel, Tokens
 from refusalscope.inputs.template import ChatStyle, ChatTemplate, Role, Thinking
 from refusalscope.studies import benchmark
@@ -186,12 +186,10 @@ def test_reasoning_that_never_ends_is_no_answer_and_unscored(name: str) -> None:
     assert made.reasoning != ""
     assert THOUGHTS[name].startswith(made.reasoning)
     assert written(model.answer_tokens(PROMPTS, {"p": made})) == ids(model.tokenizer, said)
-    (row,) = judges.judge(
-        PROMPTS, Responses("asked", "base", "", (made,)), refusal_tokens=[5], cut_off_counts=True
-    ).rows
+    (row,) = rules.judge(PROMPTS, Responses("asked", "base", "", (made,)), refusal_tokens=[5], cut_off_counts=True).rows
     assert all(math.isnan(score) for score in row.scores.values())
     assert set(row.reasons.values()) == {"no answer: still reasoning at the limit"}
-    assert set(row.scores) == {*judges.OUTCOMES, "coherent", "refused_first_token", "reasoning_refused"}
+    assert set(row.scores) == {*rules.OUTCOMES, "coherent", "refused_first_token", "reasoning_refused"}
 
 
 def test_costs_are_read_on_what_was_generated_reasoning_included() -> None:

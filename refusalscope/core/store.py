@@ -33,6 +33,8 @@ from refusalscope.core.types import (
     Responses,
     Row,
     SaeSlice,
+    Verdict,
+    Verdicts,
 )
 
 T = TypeVar("T")
@@ -178,6 +180,17 @@ def _response(row: dict[str, Any]) -> Response:
     return Response(scores=scores, **row)
 
 
+def _write_verdicts(value: Verdicts) -> bytes:
+    head = {item.name: getattr(value, item.name) for item in fields(value) if item.name != "rows"}
+    return _to_jsonl(head, value.rows)
+
+
+def _read_verdicts(content: bytes) -> Verdicts:
+    head, rows = _from_jsonl(content)
+    read = (row | {name: _number(row[name]) for name in ("score", "probability")} for row in rows)
+    return Verdicts(rows=tuple(Verdict(**row) for row in read), **head)
+
+
 def write_tensors(value: Any) -> bytes:
     """Safetensors bytes of a dataclass: tensors as such, everything else as JSON under the one metadata key."""
     parts = {item.name: getattr(value, item.name) for item in fields(value)}
@@ -270,6 +283,7 @@ def _read_finding(content: bytes) -> Finding:
 CODECS: dict[type, Codec] = {
     Prompts: (_write_prompts, _read_prompts),
     Responses: (_write_responses, _read_responses),
+    Verdicts: (_write_verdicts, _read_verdicts),
     Direction: (write_tensors, _read_direction),
     Attribution: (write_tensors, _read_attribution),
     Scores: (write_tensors, _read_scores),

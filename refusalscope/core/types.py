@@ -15,6 +15,8 @@ from torch import Tensor
 from refusalscope.core.encoding import Normalisation, among_largest, jump_relu, normalise
 
 Label = Literal["harmful", "harmless", "look-alike"]
+Question = Literal["refused", "harmful", "coherent"]
+"""What a judge may be asked of an answer."""
 NaN = float("nan")
 
 
@@ -253,6 +255,36 @@ class Responses:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What one judge says of one answer."""
+
+    prompt_id: str
+    score: float
+    """1: yes, 0: no, NaN: unscored."""
+    probability: float = NaN
+    """Of a yes, or the judge's own graded score between 0 and 1; NaN where it gives none."""
+    reason: str = ""
+    """Why it says so, or why it says nothing."""
+    final: bool = True
+    """False: asked again, the judge may have an answer."""
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What one judge says of the answers to one data set under one method and setting.
+
+    Prompts that it was not asked about yet have no row.
+    """
+
+    judge: str
+    question: Question
+    dataset: str
+    method: str
+    setting: str
+    rows: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True)
 class Row:
     """One number with its doubt. At n = 0 the numbers are None."""
 
@@ -266,6 +298,12 @@ class Row:
     high: float | None
     coverage: float
     """Share of the prompts that the judge scored."""
+    p: float | None = None
+    """Two-sided p-value of a comparison, not corrected for others; None where nothing is compared."""
+    family: str = ""
+    """The comparisons that are corrected together, in words; empty: none."""
+    p_holm: float | None = None
+    """`p` after Holm's correction over the family."""
 
     def __post_init__(self) -> None:
         numbers = (self.estimate, self.low, self.high)

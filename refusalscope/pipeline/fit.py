@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.types import Direction
-from refusalscope.evals import judges
+from refusalscope.evals import rules
 from refusalscope.inputs import prompts
 from refusalscope.mechanism import direction
 from refusalscope.mechanism.direction import FitData
@@ -56,7 +56,7 @@ def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Directio
                 job.model,
                 FitData(*(source.fitting[part] for part in prompts.FITTING)),
                 batch_size=job.size("direction"),
-                is_refusal=lambda text: bool(judges.refused_by_phrase(text).score),
+                is_refusal=lambda text: bool(rules.refused_by_phrase(text).score),
                 refusal_tokens=_token_ids(job),
                 best_layer=job.best_layer,
                 keep_unrefused=job.options.keep_unrefused,

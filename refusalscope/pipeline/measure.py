@@ -10,7 +10,7 @@ from refusalscope import __version__
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store, to_json
 from refusalscope.core.types import Finding, Prompts, Responses, SaeSlice
-from refusalscope.evals import capability, judges
+from refusalscope.evals import capability, rules
 from refusalscope.mechanism.interventions import needed_features
 from refusalscope.pipeline.environment import versions
 from refusalscope.pipeline.fit import Fitted
@@ -35,7 +35,7 @@ def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
         harmless = fitted.data.harmless_validation.name
         datasets[harmless] = fitted.data.harmless_validation
     unedited = _answers(job, datasets[harmless], benchmark.BASE, {})
-    judged = partial(_judged, job, fitted, chosen, cut_off_counts=judges.ordinarily_ends(unedited))
+    judged = partial(_judged, job, fitted, chosen, cut_off_counts=rules.ordinarily_ends(unedited))
     arms, tried = _strengths(job, fitted, chosen, judged, validation)
     pairs = [*_grid(arms, datasets), *((arm, harmless) for arm in _inductions(job, chosen))]
     answered = []
@@ -237,7 +237,7 @@ def _judged(job: Job, fitted: Fitted, chosen: Chosen, rows: Prompts, arm: Arm, *
         f"responses/{rows.name}/{arm.label}.jsonl",
         job.key("judge", rows, answers, tokens, cut_off_counts),
         Responses,
-        lambda: judges.judge(rows, answers, refusal_tokens=tokens, cut_off_counts=cut_off_counts),
+        lambda: rules.judge(rows, answers, refusal_tokens=tokens, cut_off_counts=cut_off_counts),
     )
 
 

@@ -30,7 +30,6 @@ from refusalscope.report.drawing import (
     panels,
     share_axis,
     span,
-    svg,
     title,
 )
 from refusalscope.report.settings import DATASET_OF_STRENGTHS, factor, value_set
@@ -75,7 +74,7 @@ def _outcomes(dataset: str, drawn: Sequence[Lane]) -> Plot | None:
     return Plot(
         f"Share of {dataset} prompts refused, answered and incoherent under each edit, with 95% intervals. "
         f"Hollow marks rest on fewer than {COVERED:.0%} of the prompts.",
-        svg(figure),
+        figure,
     )
 
 
@@ -98,7 +97,7 @@ def _cost(dataset: str, drawn: Sequence[Lane]) -> Plot | None:
     return Plot(
         f"What each edit costs on the unedited model’s own answers to {dataset} prompts, in nats per token, with 95% "
         f"intervals: the rise of their cross-entropy, and the KL divergence of the next-token distribution.",
-        svg(figure),
+        figure,
     )
 
 
@@ -127,7 +126,7 @@ def _strength(finding: Finding, rows: Sequence[Row]) -> Plot | None:
     return Plot(
         f"Share of {DATASET_OF_STRENGTHS} prompts refused, answered and incoherent against the factor c that the "
         f"features are scaled by, with 95% intervals; c = 1 is the unedited model, the dashed line the factor chosen.",
-        svg(figure),
+        figure,
     )
 
 
@@ -161,7 +160,7 @@ def _induced(dataset: str, rows: Sequence[Row]) -> Plot | None:
         f"Share of {dataset} prompts refused, and of answers coherent (not empty, not looping, not cut off; a refusal "
         f"may be coherent), against the value v that the features are set to, with 95% intervals"
         f"{'; dashed lines with bands: the refusal direction added instead' if references else ''}.",
-        svg(figure),
+        figure,
     )
 
 

@@ -8,11 +8,10 @@ import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -47,12 +46,20 @@ STYLE: dict[Any, Any] = {
     "axes.labelcolor": MUTED,
 }
 
+# What is left empty here would tie the bytes to a version and a moment.
+METADATA: dict[str, dict[str, Any]] = {
+    "svg": {"Date": None, "Creator": None, "Format": None, "Type": None},
+    "png": {"Software": None},
+    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+}
+DOTS = 200  # per inch of a PNG
+
 
 class Plot(NamedTuple):
     """A figure and what it shows."""
 
     caption: str
-    svg: bytes
+    figure: Figure
 
 
 class Lane(NamedTuple):
@@ -189,9 +196,9 @@ def title(figure: Figure, text: str) -> None:
     figure.text(0.01, 1 - 0.06 / figure.get_figheight(), text, va="top", fontweight="bold")
 
 
-def svg(figure: Figure) -> bytes:
+def render(figure: Figure, form: Literal["svg", "png", "pdf"]) -> bytes:
+    """A figure as the content of a file, whose bytes depend on what is drawn alone."""
     stream = io.BytesIO()
-    # Creator and date would tie the bytes to a version and a moment.
-    metadata: Any = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    FigureCanvasSVG(figure).print_svg(stream, metadata=metadata)
+    with style():
+        figure.savefig(stream, format=form, metadata=METADATA[form], dpi=DOTS)
     return stream.getvalue()

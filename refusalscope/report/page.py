@@ -13,6 +13,7 @@ from typing import Any
 import tomli_w
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
@@ -148,12 +149,12 @@ def row_anchor(row: Mapping[str, Any]) -> str:
     return features.anchor(row["layer"], row["index"])
 
 
-def inline(svg: bytes, prefix: str) -> Markup:
-    """An SVG of `plots` as part of a page: ids of its own, the page's colours for ink and grid, no ground.
+def inline(figure: Figure, prefix: str) -> Markup:
+    """A figure of `plots` as part of a page, in SVG: ids of its own, the page's colours for ink and grid, no ground.
 
     The only text that enters the page unescaped; matplotlib has escaped the names in it.
     """
-    text = svg.decode()
+    text = drawing.render(figure, "svg").decode()
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(?<= id=")|(?<=url\(#)|(?<=href="#)', f"{prefix}-", text)
     text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", text, count=1)

@@ -27,9 +27,9 @@ from refusalscope.report.drawing import (
     name_lanes,
     number_ticks,
     panels,
+    render,
     span,
     style,
-    svg,
     title,
 )
 from refusalscope.report.settings import part
@@ -41,7 +41,7 @@ TERMS: Style = {"features": (BLUE, "o"), "candidates": (ORANGE, "^"), "error": (
 
 def figures(finding: Finding) -> dict[str, bytes]:
     """The figures of a finding as SVG, by name; none for a study this file does not know."""
-    return {name: plot.svg for name, plot in plots(finding).items()}
+    return {name: render(plot.figure, "svg") for name, plot in plots(finding).items()}
 
 
 def plots(finding: Finding) -> dict[str, Plot]:
@@ -80,7 +80,7 @@ def _health(finding: Finding) -> dict[str, Plot]:
     made[-1].set_xlabel("layer")
     title(figure, "reconstruction by the SAEs")
     caption = "What each layer’s SAE keeps of the residual stream, with 95% intervals; 1 is everything."
-    return {"health-reconstruction": Plot(caption, svg(figure))}
+    return {"health-reconstruction": Plot(caption, figure)}
 
 
 def _attribution(finding: Finding) -> dict[str, Plot]:
@@ -101,7 +101,7 @@ def _attribution(finding: Finding) -> dict[str, Plot]:
         "Attribution of refusal to each layer’s SAE features, to the candidates among them and to what the SAE leaves "
         "out (its error term), in logits, mean over prompts with 95% intervals. Layers overlap: do not add them up."
     )
-    return {"attribution-terms": Plot(caption, svg(figure))}
+    return {"attribution-terms": Plot(caption, figure)}
 
 
 def _verification(finding: Finding) -> dict[str, Plot]:
@@ -135,7 +135,7 @@ def _nodes(rows: Sequence[Row]) -> Plot | None:
     return Plot(
         "How far the attributions of one layer are from adding up to the change of the metric, as a share of that "
         "change: a Riemann sum by its number of nodes, and the rule that is used. Below the dashed line passes.",
-        svg(figure),
+        figure,
     )
 
 
@@ -161,7 +161,7 @@ def _correlations(rows: Sequence[Row]) -> Plot | None:
     return Plot(
         "Spearman correlation over features between each method’s attribution and the effect measured by editing, on "
         "held-out prompts, with 95% intervals. The upright tick is what was expected at least.",
-        svg(figure),
+        figure,
     )
 
 

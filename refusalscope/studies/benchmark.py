@@ -14,7 +14,7 @@ from refusalscope.core import stats
 from refusalscope.core.stats import Estimate
 from refusalscope.core.types import Direction, FeatureSet, Finding, Prompts, Responses, Row, SaeSlice
 from refusalscope.evals.capability import Cost
-from refusalscope.evals.judges import OUTCOMES
+from refusalscope.evals.rules import OUTCOMES
 from refusalscope.inputs.chat import ChatModel
 from refusalscope.mechanism.interventions import (
     AddDirection,
