@@ -16,23 +16,29 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.request import urlopen
+
+import httpx
 
 Body = dict[str, Any]
 MODEL = "a-judge"
 
 
 class Said(NamedTuple):
-    """One answer of a server. `length`: what it claims its body to be long; None: what it is."""
+    """One answer of a server."""
 
     status: int
-    content: bytes
+    """0: it hangs up without a word."""
+    content: bytes = b""
     headers: tuple[tuple[str, str], ...] = ()
     length: int | None = None
+    """What it claims its body to be long; None: what it is."""
     pause: float = 0.0
     """Seconds before it answers."""
+    drip: float = 0.0
+    """Seconds between one byte of its body and the next."""
 
 
 Script = Callable[[Body, int], Said | None]
@@ -60,6 +66,9 @@ class JudgeServer:
         self.health: list[int] = []
         """What /health says next; 200 once that is used up."""
         self.models: Body | None = {"data": [{"id": MODEL}]}
+        self.lives: int | None = None
+        """Requests that it answers before it dies; None: any number."""
+        self.die: Callable[[], None] = lambda: None
         self.asked: list[Body] = []
         self.headers: list[dict[str, str]] = []
         self.lock = threading.Lock()
@@ -81,6 +90,10 @@ class JudgeServer:
             self.headers.append(headers)
             before = self.seen[about(body)]
             self.seen[about(body)] += 1
+            dead = self.lives is not None and len(self.asked) > self.lives
+        if dead:
+            self.die()
+            return Said(0)
         refused = self._refused(body)
         return self.script(body, before) or refused or Said(200, json.dumps(self._answer(path, body)).encode())
 
@@ -109,8 +122,6 @@ def _top(word: str, share: float) -> dict[str, float]:
     """The word in two spellings, which share its probability, and another word with the rest."""
     other = "no" if word == "yes" else "yes"
     shares = {word: share * 0.75, f" {word.title()}": share * 0.25, other: 1 - share}
-    from math import log
-
     return {text: log(p) for text, p in shares.items()}
 
 
@@ -130,6 +141,7 @@ def _as_chat(word: str, share: float) -> Body:
 def judge_server(
     oracle: Callable[[Body], tuple[str, float]] | None = None,
     script: Script = lambda _body, _before: None,
+    port: int = 0,
     **fields: bool,
 ) -> Iterator[JudgeServer]:
     """A server that follows `script`, and where that is None, answers as `oracle` says."""
@@ -145,34 +157,46 @@ def judge_server(
 
         def _say(self, said: Said) -> None:
             time.sleep(said.pause)
+            if said.status == 0:
+                return
             self.send_response(said.status)
             for name, value in said.headers:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(said.content) if said.length is None else said.length))
             self.end_headers()
-            self.wfile.write(said.content)
+            for part in said.content if said.drip else ():
+                self.wfile.write(bytes([part]))
+                time.sleep(said.drip)
+            self.wfile.write(b"" if said.drip else said.content)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Say nothing: the tests' output is no server log."""
 
-    with _serving(Handler) as judge.url:
+    with _serving(Handler, port) as server:
+        judge.url = f"http://127.0.0.1:{server.server_port}"
+        judge.die = server.die
         yield judge
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def handle_error(self, *_: Any) -> None:
+    def die(self) -> None:
+        """Hear no more requests."""
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that waits no longer is none of our worries."""
 
 
 @contextmanager
-def _serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    with _Server(("127.0.0.1", 0), handler) as server:
+def _serving(handler: type[BaseHTTPRequestHandler], port: int) -> Iterator[_Server]:
+    with _Server(("127.0.0.1", port), handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}"
+            yield server
         finally:
             server.shutdown()
             thread.join()
@@ -207,6 +231,6 @@ def transformers_serve(model: Path, said: Path) -> Iterator[str]:
 
 
 def _healthy(url: str) -> bool:
-    with suppress(OSError), urlopen(url, timeout=5) as answer:
-        return answer.status == 200
+    with suppress(httpx.HTTPError):
+        return httpx.get(url, timeout=5, trust_env=False).status_code == 200
     return False

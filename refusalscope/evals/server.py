@@ -25,6 +25,8 @@ LOADING = (502, 503, 504)
 REFUSED_FIELDS = (400, 422)
 LONGEST_PAUSE = 60.0
 """Seconds between two attempts, whatever the server asks for."""
+SECRET = 8
+"""Characters that a key has at least."""
 PROBE = 10.0
 """Seconds that a server has to say that it is there."""
 
@@ -61,6 +63,8 @@ class _Call:
     json_within: int | None
     over: Event = field(default_factory=Event)
     """No more attempts: the server is dead, or nobody waits for it any more."""
+    why: str = ""
+    """Why there are no more."""
 
 
 class _Heard(NamedTuple):
@@ -139,7 +143,7 @@ class Server:
             return []
         with transport.client(self._root, self._key) as client:
             if absent := self._wait(client):
-                return [failed(f"unreachable: {absent}")] * len(bodies)
+                return [failed(absent)] * len(bodies)
             call = _Call(client, path, forms, f"{path} {json_within is not None}", choices, json_within)
             whole = [{"model": self.model, "temperature": 0, **body} for body in bodies]
             return [heard.reply for heard in self._gather(call, whole)]
@@ -174,41 +178,43 @@ class Server:
             except _Refused as fault:
                 why = str(fault)
             except _Fault as fault:
-                return _Heard(failed(self._discreet(str(fault))), None)
+                return _Heard(failed(str(fault)), None)
             else:
-                reply = dialect.reply(content, call.choices, json_within=call.json_within)
-                return _Heard(reply._replace(fault=self._discreet(reply.fault)), form)
-        return _Heard(failed(self._discreet(why)), None)
+                return _Heard(dialect.reply(content, call.choices, json_within=call.json_within), form)
+        return _Heard(failed(why), None)
 
     def _insist(self, call: _Call, body: Mapping[str, Any]) -> bytes:
         """What the server answers, after as many attempts as it takes and as there are."""
-        why = _Passing("unreachable: the server is gone")
+        why = _Passing("")
         for attempt in range(self._attempts):
             if attempt:
                 pause = self._backoff * 2 ** (attempt - 1) if why.pause is None else why.pause
                 call.over.wait(min(pause, LONGEST_PAUSE))
             if call.over.is_set():
-                raise why
+                raise _Fault(call.why)
             try:
                 return self._once(call, body)
             except _Passing as fault:
                 why = fault
-        if not why.heard and self._absent(call.client):
+        if not why.heard and (absent := self._absent(call.client)):
+            # The rest need not find out one by one.
+            call.why = absent
             call.over.set()
+            raise _Fault(absent)
         raise why
 
     def _once(self, call: _Call, body: Mapping[str, Any]) -> bytes:
         # In ASCII: a prompt may hold half of a surrogate pair.
         content = json.dumps(body).encode()
         try:
-            said = transport.fetch(call.client, "POST", f"{self._root}/v1/{call.path}", self._timeout, content)
+            said = self._fetch(call.client, "POST", f"v1/{call.path}", self._timeout, content)
         except httpx.HTTPError as error:
             raise _Passing(transport.in_words(error, self._timeout), heard=False) from None
         if said.status == 200:
             return said.content
         why = f"the server says {said.status}: {line(said.content)}"
         if said.status in AGAIN or said.status >= 500:
-            raise _Passing(why, transport.asked_pause(said.headers))
+            raise _Passing(why, transport.asked_pause(said.retry_after))
         if said.status in (401, 403):
             raise _Fault(f"{why} (the key is read from the environment variable {transport.KEY})")
         raise _Refused(why) if said.status in REFUSED_FIELDS else _Fault(why)
@@ -221,7 +227,7 @@ class Server:
             left = until - time.monotonic()
             if left <= 0:
                 self._left = 0.0
-                return self._discreet(absent)
+                return absent
             time.sleep(min(pause, left))
             pause = min(2 * pause, PROBE / 2)
         self._left = self._patience
@@ -231,29 +237,34 @@ class Server:
         """Why the server does not answer now; empty where it does. One that has no /health is asked for its models."""
         for path in ("health", "v1/models"):
             try:
-                status = transport.fetch(client, "GET", f"{self._root}/{path}", min(self._timeout, PROBE)).status
+                status = self._fetch(client, "GET", path, min(self._timeout, PROBE)).status
             except httpx.HTTPError as error:
-                return transport.in_words(error, min(self._timeout, PROBE))
+                return f"unreachable: {transport.in_words(error, min(self._timeout, PROBE))}"
             if status == 200:
                 return ""
             if status in LOADING:
-                return f"/{path} says {status}"
+                return f"unreachable: /{path} says {status}"
         return ""
 
     def _only_model(self, client: httpx.Client) -> str:
         if absent := self._wait(client):
-            raise ValueError(f"the judges' server is unreachable ({absent}): is --judge-url right, is it running?")
+            raise ValueError(f"the judges' server is {absent}: is --judge-url right, is it running?")
         try:
-            said = transport.fetch(client, "GET", f"{self._root}/v1/models", self._timeout)
+            said = self._fetch(client, "GET", "v1/models", self._timeout)
             listed = json.loads(said.content)["data"] if said.status == 200 else []
             names = [str(model["id"]) for model in listed]
         except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError):
             names = []
         if len(names) != 1:
             found = f"lists {len(names)} models ({line(', '.join(names))})" if names else "does not say what it serves"
-            raise ValueError(self._discreet(f"the judges' server {found}: name its model with --judge-model"))
+            raise ValueError(f"the judges' server {found}: name its model with --judge-model")
         return names[0]
 
-    def _discreet(self, text: str) -> str:
-        """Servers echo keys in their complaints."""
-        return text.replace(self._key, "[key]") if self._key else text
+    def _fetch(
+        self, client: httpx.Client, method: str, path: str, seconds: float, content: bytes | None = None
+    ) -> transport.Answer:
+        said = transport.fetch(client, method, f"{self._root}/{path}", seconds, content)
+        # Servers echo keys in their complaints. What is shorter is no secret, and may be part of anything.
+        if len(self._key) >= SECRET:
+            return said._replace(content=said.content.replace(self._key.encode(), b"[key]"))
+        return said

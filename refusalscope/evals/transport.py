@@ -19,8 +19,10 @@ LARGEST = 2**24
 
 
 class Answer(NamedTuple):
+    """What a server says."""
+
     status: int
-    headers: httpx.Headers
+    retry_after: str
     content: bytes
 
 
@@ -28,16 +30,20 @@ def address(url: str) -> str:
     """The server's address without a slash or /v1 at its end. Raises ValueError where it is none."""
     try:
         parsed = httpx.URL(url.strip())
-    except httpx.InvalidURL as error:
+        # A name that cannot be looked up, which the first request would stumble over.
+        parsed.host.encode("idna")
+    except (httpx.InvalidURL, UnicodeError) as error:
         raise ValueError(f"--judge-url is no URL: {error}; such as http://localhost:8000/v1 would do") from None
     if parsed.userinfo:
         raise ValueError(f"--judge-url must not hold a password: put the server's key into the variable {KEY}")
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+    usable = parsed.scheme in ("http", "https") and parsed.host and (parsed.port or 0) < 2**16
+    if not usable or parsed.query or parsed.fragment:
         raise ValueError(f"--judge-url {url!r} is no server's address: such as http://localhost:8000/v1 would do")
     return str(parsed).rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def key() -> str:
+    """The server's key; empty where there is none. Raises ValueError for one that no header can carry."""
     key = os.environ.get(KEY, "").strip()
     if not all("!" <= letter <= "~" for letter in key):
         raise ValueError(f"the environment variable {KEY} holds characters that are in no key")
@@ -73,7 +79,7 @@ def fetch(client: httpx.Client, method: str, url: str, seconds: float, content: 
                 raise httpx.ReadTimeout("")
             if len(body) > LARGEST:
                 raise httpx.DecodingError(f"the server's answer is longer than {LARGEST} bytes")
-        return Answer(response.status_code, response.headers, bytes(body))
+        return Answer(response.status_code, response.headers.get("Retry-After", ""), bytes(body))
 
 
 def in_words(error: httpx.HTTPError, seconds: float) -> str:
@@ -82,21 +88,20 @@ def in_words(error: httpx.HTTPError, seconds: float) -> str:
         case httpx.TimeoutException():
             return f"timed out: no answer within {seconds:g} s"
         case httpx.ConnectError():
-            return f"unreachable: {said}"
+            return said
         case httpx.RemoteProtocolError():
             return f"the server's answer was cut off: {said}"
     return f"the connection was lost: {said}"
 
 
-def asked_pause(headers: httpx.Headers) -> float | None:
+def asked_pause(retry_after: str) -> float | None:
     """Seconds that Retry-After asks for, as a number or as a date; None where it does not say."""
-    asked = headers.get("Retry-After", "")
     try:
-        return max(0.0, float(asked))
+        return max(0.0, float(retry_after))
     except ValueError:
         pass
     try:
-        then = parsedate_to_datetime(asked)
+        then = parsedate_to_datetime(retry_after)
         return max(0.0, (then.replace(tzinfo=then.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
     except (ValueError, TypeError, OverflowError):
         return None
