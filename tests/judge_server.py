@@ -6,7 +6,6 @@ runs hear the same whatever order their requests arrive in.
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -221,13 +220,20 @@ def transformers_serve(model: Path, said: Path) -> Iterator[str]:
     with said.open("wb") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
         try:
-            while process.poll() is None and not _healthy(f"http://127.0.0.1:{port}/health"):
+            # The bound is for a process that hangs, not for how long it may take.
+            until = time.monotonic() + 300
+            while not (ready := _healthy(f"http://127.0.0.1:{port}/health")) and process.poll() is None:
+                if time.monotonic() > until:
+                    break
                 time.sleep(0.05)
-            assert process.poll() is None, said.read_text()
+            assert ready, said.read_text()
             yield f"http://127.0.0.1:{port}"
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
+            process.wait()
 
 
 def _healthy(url: str) -> bool:

@@ -129,6 +129,15 @@ def test_a_schema_may_be_loosened_to_any_json():
     assert judge.asked[-1]["response_format"] == {"type": "json_object"}
 
 
+def test_a_server_may_give_five_alternatives_and_no_more():
+    def script(body: Body, _before: int) -> Said | None:
+        return Said(422, b"at most 5") if body["logprobs"] > 5 else None
+
+    with judge_server(script=script) as judge:
+        assert complete(quick(judge.url))[0].probabilities == pytest.approx({"yes": 0.8, "no": 0.2})
+    assert [body["logprobs"] for body in judge.asked] == [dialect.ALTERNATIVES, 5]
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -333,12 +342,15 @@ def test_what_stands_on_this_machine_is_not_asked_for_through_a_proxy(monkeypatc
         assert transport.is_loopback(f"http://{host}:80") == local
 
 
-def test_an_interrupt_gets_through():
+@pytest.mark.parametrize("known", [True, False])
+def test_an_interrupt_gets_through(known):
+    """Whether the main thread asks by itself, or waits for threads that do."""
+
     class Interrupted(BaseException):
         pass
 
-    def script(_body: Body, _before: int) -> Said:
-        return Said(200, b"{}", pause=5.0)
+    def script(body: Body, _before: int) -> Said | None:
+        return None if about(body) == "known" else Said(200, b"{}", pause=5.0)
 
     def interrupt(_number: int, _frame: object) -> None:
         raise Interrupted
@@ -346,9 +358,12 @@ def test_an_interrupt_gets_through():
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         with judge_server(script=script) as judge:
+            server = quick(judge.url, timeout=2.0)
+            if known:
+                complete(server, "known")
             signal.setitimer(signal.ITIMER_REAL, 0.3)
             with pytest.raises(Interrupted):
-                complete(quick(judge.url, timeout=2.0), "a", "b")
+                complete(server, *"abcdefghijkl")
     finally:
         signal.signal(signal.SIGALRM, before)
 

@@ -76,7 +76,7 @@ class _Heard(NamedTuple):
 class Server:
     """An `Engine`: greedy replies from the server at `url`, with or without a trailing `/v1`.
 
-    A server cuts no text: one that is longer than its context is a fault, not a text without its beginning.
+    A server cuts no text: one longer than its context is a fault, unless whoever asks has cut its beginning off.
     """
 
     def __init__(

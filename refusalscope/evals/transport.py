@@ -60,6 +60,7 @@ def client(root: str, secret: str) -> httpx.Client:
 
 
 def is_loopback(root: str) -> bool:
+    """Whether the address is this machine's own."""
     host = httpx.URL(root).host
     try:
         return ip_address(host).is_loopback
@@ -83,6 +84,7 @@ def fetch(client: httpx.Client, method: str, url: str, seconds: float, content: 
 
 
 def in_words(error: httpx.HTTPError, seconds: float) -> str:
+    """Why there is no answer, in one line; `seconds`: how long it was waited for."""
     said = " ".join(str(error).split()) or type(error).__name__
     match error:
         case httpx.TimeoutException():
