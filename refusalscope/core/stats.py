@@ -6,10 +6,13 @@ count as one draw.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from refusalscope.core.types import Row
 
 Z95 = 1.959963984540054
 
@@ -143,6 +146,63 @@ def mcnemar(after: Sequence[float], before: Sequence[float]) -> float:
     n, few = gained + lost, min(gained, lost)
     tail = sum(math.comb(n, k) for k in range(few + 1)) / 2**n if n else 1.0
     return min(1.0, 2 * tail)
+
+
+def paired_p(
+    after: Sequence[float], before: Sequence[float], clusters: Sequence[str] | None = None
+) -> float | None:
+    """Two-sided exact McNemar p-value; None where pairs share a cluster or are no pairs of 0 and 1."""
+    values = {value for value in (*after, *before) if not math.isnan(value)}
+    if (clusters is not None and len(set(clusters)) < len(clusters)) or not values <= {0.0, 1.0}:
+        return None
+    return mcnemar(after, before)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values after Holm's correction, in their order."""
+    order = sorted(range(len(p)), key=lambda at: p[at])
+    made, largest = [0.0] * len(p), 0.0
+    for rank, at in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[at]))
+        made[at] = largest
+    return made
+
+
+def with_holm(rows: Sequence[Row]) -> list[Row]:
+    """The same rows, each p-value also corrected over its family."""
+    families: dict[str, list[int]] = {}
+    for at, row in enumerate(rows):
+        if row.family and row.p is not None:
+            families.setdefault(row.family, []).append(at)
+    made = list(rows)
+    for places in families.values():
+        for at, corrected in zip(places, holm([rows[at].p or 0.0 for at in places]), strict=True):
+            made[at] = replace(rows[at], p_holm=corrected)
+    return made
+
+
+def kappa(first: Sequence[float], second: Sequence[float], clusters: Sequence[str] | None = None) -> Estimate:
+    """Cohen's kappa of two judges, with a percentile bootstrap interval over clusters; n = 0 where it has no value."""
+    pairs = np.asarray([first, second], dtype=float)
+    kept = ~np.isnan(pairs).any(0)
+    x, y = pairs[:, kept]
+    names = np.arange(len(kept)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    n, coverage = int(kept.sum()), float(kept.mean()) if len(kept) else 0.0
+    if not n or math.isnan(point := _kappa(x, y)):
+        return Estimate(0, None, None, None, 0.0)
+    members = [np.flatnonzero(names[kept] == name) for name in np.unique(names[kept])]
+    rng = np.random.default_rng(0)
+    again = []
+    for draw in rng.integers(len(members), size=(1000, len(members))):
+        chosen = np.concatenate([members[at] for at in draw])
+        again.append(_kappa(x[chosen], y[chosen]))
+    low, high = np.nanquantile(again, (0.025, 0.975))
+    return Estimate(n, point, float(low), float(high), coverage)
+
+
+def _kappa(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    chance = x.mean() * y.mean() + (1 - x.mean()) * (1 - y.mean())
+    return float("nan") if chance == 1 else float(((x == y).mean() - chance) / (1 - chance))
 
 
 def _scored(values: Sequence[float], clusters: Sequence[str] | None) -> tuple[NDArray[np.float64], list[str]]:
