@@ -92,9 +92,7 @@ def scaled_size(setting: str) -> str:
     return found[1] if found else ""
 
 
-def _difference(
-    pair: Scored, metric: str, ours: Sequence[Scored], theirs: Sequence[Scored], family: str
-) -> list[Row]:
+def _difference(pair: Scored, metric: str, ours: Sequence[Scored], theirs: Sequence[Scored], family: str) -> list[Row]:
     """One row, or none where no prompt was scored on both sides."""
     first, second = _mean_scores(ours), _mean_scores(theirs)
     if len(ours) == len(theirs) == 1:

@@ -148,9 +148,7 @@ def mcnemar(after: Sequence[float], before: Sequence[float]) -> float:
     return min(1.0, 2 * tail)
 
 
-def paired_p(
-    after: Sequence[float], before: Sequence[float], clusters: Sequence[str] | None = None
-) -> float | None:
+def paired_p(after: Sequence[float], before: Sequence[float], clusters: Sequence[str] | None = None) -> float | None:
     """Two-sided exact McNemar p-value; None where pairs share a cluster or are no pairs of 0 and 1."""
     values = {value for value in (*after, *before) if not math.isnan(value)}
     if (clusters is not None and len(set(clusters)) < len(clusters)) or not values <= {0.0, 1.0}:
@@ -186,8 +184,8 @@ def kappa(first: Sequence[float], second: Sequence[float], clusters: Sequence[st
     pairs = np.asarray([first, second], dtype=float)
     kept = ~np.isnan(pairs).any(0)
     x, y = pairs[:, kept]
-    names = np.arange(len(kept)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
-    n, coverage = int(kept.sum()), float(kept.mean()) if len(kept) else 0.0
+    names = np.arange(len(first)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    n, coverage = int(kept.sum()), float(kept.mean()) if pairs.size else 0.0
     if not n or math.isnan(point := _kappa(x, y)):
         return Estimate(0, None, None, None, 0.0)
     members = [np.flatnonzero(names[kept] == name) for name in np.unique(names[kept])]
