@@ -39,7 +39,8 @@ loaded: list[weakref.ref[ChatModel]] = []
 
 def is_long(exchanges: Sequence[Exchange]) -> list[bool]:
     """A judge of a user's own. The studied model is gone when it is asked."""
-    assert loaded and all(model() is None for model in loaded)
+    assert loaded
+    assert all(model() is None for model in loaded)
     return [len(exchange.response.text) > 60 for exchange in exchanges]
 
 
