@@ -382,7 +382,10 @@ def list_judges() -> None:
         from refusalscope.evals import judges, rules
 
         for known in judges.known():
-            print(f"{known.name:18}{known.question:10}{known.what}")
+            weights = f", {known.memory:g} GB" if known.memory else ""
+            about = ", ".join(part for part in (known.repository, known.licence) if part)
+            more = [f"{'':28}{about}{weights}"] if about else []
+            print(f"{known.name:18}{known.question:10}{known.what}", *more, sep="\n")
         for name, (question, _) in rules.RULES.items():
             print(f"{name:18}{question:10}{rules.WHAT[name]}")
 

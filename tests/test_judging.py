@@ -37,11 +37,11 @@ loaded: list[weakref.ref[ChatModel]] = []
 """Every model that a test here has seen loaded."""
 
 
-def is_long(exchanges: Sequence[Exchange]) -> list[bool]:
+def is_long(_prompts: list[str], answers: list[str]) -> list[bool]:
     """A judge of a user's own. The studied model is gone when it is asked."""
     assert loaded
     assert all(model() is None for model in loaded)
-    return [len(exchange.response.text) > 60 for exchange in exchanges]
+    return [len(answer) > 60 for answer in answers]
 
 
 def answer(prompt: str, number: int, arm: str) -> Response:
@@ -377,7 +377,11 @@ def test_a_folder_without_answers_says_so(tmp_path: Path) -> None:
 def test_judges_are_listed_with_their_question() -> None:
     code, out, _ = invoke("judges")
     assert code == 0
-    for name, (question, _) in rules.RULES.items():
+    known = {name: question for name, (question, _) in rules.RULES.items()} | {
+        "minos": "refused",
+        "harmbench": "harmful",
+    }
+    for name, question in known.items():
         assert re.search(rf"^{name} +{question} ", out, re.MULTILINE)
 
 
