@@ -6,7 +6,8 @@ Computes no statistic.
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from refusalscope.core.types import Finding
+from refusalscope.core.types import Finding, Row
+from refusalscope.report.settings import value_set
 from refusalscope.report.tables import Table, table
 
 QUESTIONS = {"harmful": "Harmful?", "refused": "Refused?", "coherent": "Coherent?"}
@@ -21,22 +22,36 @@ class Named(NamedTuple):
     about: Mapping[str, Any]
 
 
+class Rates(NamedTuple):
+    """One question: what its judges say under the edits, and where features were set to a value."""
+
+    edits: Table
+    induced: Table
+
+
 def section(findings: Iterable[Finding]) -> dict[str, Any]:
-    """What `safety.html.j2` shows; empty where nothing was judged."""
+    """What `safety.html.j2` shows; empty where nothing was judged.
+
+    A question that rules alone answered is left out: their rates stand among the results.
+    """
     found = {finding.study: finding for finding in findings}
-    safety = found.get("safety")
-    if safety is None:
-        return {"judged": {}, "judges": [], "changed": None, "judge_pairs": None, "agreement": None}
-    by_kind = {kind: [row for row in safety.rows if _kind(row.metric) == kind] for kind in ("", "changed", "compared")}
-    rates = {q: table(row for row in by_kind[""] if row.metric.startswith(f"{q}:")) for q in QUESTIONS}
+    safety = found.get("safety", Finding("safety", "", (), (), {}))
+    judges = [Named(**judge) for judge in safety.provenance.get("judges", {}).values()]
+    asked = [question for question in QUESTIONS if question in {judge.question for judge in judges}]
     agreement = found.get("agreement")
     return {
-        "judged": {question: made for question, made in rates.items() if made.groups},
-        "judges": [Named(**judge) for judge in safety.provenance.get("judges", {}).values()],
-        "changed": _shown(table(by_kind["changed"])),
-        "judge_pairs": _shown(table(by_kind["compared"])),
+        "judges": judges,
+        "judged": {question: _rates(safety.rows, question) for question in asked},
+        "changed": _shown(table(row for row in safety.rows if _kind(row.metric) == "changed")),
+        "judge_pairs": _shown(table(row for row in safety.rows if _kind(row.metric) == "compared")),
         "agreement": _shown(table(agreement.rows)) if agreement else None,
     }
+
+
+def _rates(rows: Iterable[Row], question: str) -> Rates:
+    rates = [row for row in rows if row.metric.startswith(f"{question}:")]
+    induced = [row for row in rates if value_set(row.setting)]
+    return Rates(table(row for row in rates if row not in induced), table(induced))
 
 
 def _kind(metric: str) -> str:
