@@ -94,11 +94,12 @@ class Known:
 def known() -> list[Known]:
     """The judges that are models or code; those that are rules stand in `rules.RULES`."""
     table = tomllib.loads((files("refusalscope.evals") / "judges.toml").read_text("utf-8"))
-    lists = ("fields", "words")
-    return [
-        Known(name=name, **{key: tuple(value) if key in lists else value for key, value in row.items()})
-        for name, row in table.items()
-    ]
+    return [Known(name=name, **{key: _frozen(value) for key, value in row.items()}) for name, row in table.items()]
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
 
 
 def opened(names: Sequence[str], settings: Settings) -> Iterator[Judge]:

@@ -4,6 +4,7 @@ Weights are loaded by the first request and gone after `release`. Nothing here k
 """
 
 import gc
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -108,7 +109,7 @@ class Sequences:
         self.dtype = _dtype(dtype, self.device)
         self.batch_size = batch_size
         self.reader = Reader.load(checkpoint)
-        named: Mapping[int, str] = AutoConfig.from_pretrained(checkpoint.folder).id2label
+        named: Any = AutoConfig.from_pretrained(checkpoint.folder).id2label
         self.labels = [named[at] for at in sorted(named)]
         self.about = {**checkpoint.about, "engine": "transformers", "dtype": _named(self.dtype)}
         self.model: Any = None
@@ -185,7 +186,10 @@ def _causal(checkpoint: Checkpoint, reader: Reader, device: str, dtype: Any) -> 
 
         if len(reader.tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(reader.tokenizer))
-        model = PeftModel.from_pretrained(model, str(adapter_folder(checkpoint)))
+        with warnings.catch_warnings():
+            # peft asks transformers by a name that is going away; only peft can change that.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            model = PeftModel.from_pretrained(model, str(adapter_folder(checkpoint)))
     return _ready(model, device, checkpoint)
 
 
