@@ -8,6 +8,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sklearn.metrics import cohen_kappa_score
@@ -396,7 +397,7 @@ def judged_at_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     read = ChatModel.load
 
-    def remembered(*arguments: object, **options: object) -> ChatModel:
+    def remembered(*arguments: Any, **options: Any) -> ChatModel:
         model = read(*arguments, **options)
         loaded.append(weakref.ref(model))
         return model

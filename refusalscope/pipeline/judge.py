@@ -101,13 +101,15 @@ def write_findings(store: Store, answered: Sequence[Answered]) -> None:
     verdicts, described = standing(store, answered)
     prompts = {one.prompts.name: one.prompts for one in answered}
     by_rule = [made for one in answered for made in _by_rules(one)]
+    by_person = [made for made in verdicts if made.judge.startswith(person.PERSON)]
+    by_machine = [made for made in verdicts if not made.judge.startswith(person.PERSON)]
     provenance = {
         "answers": fingerprint([one.key("", {}) for one in answered]),
         "verdicts": fingerprint(verdicts),
         "judges": described,
     }
-    _keep(store, safety.summarise(by_rule, verdicts, prompts, provenance=provenance))
-    _keep(store, agreement.summarise([*by_rule, *verdicts], prompts, provenance=provenance))
+    _keep(store, safety.summarise([*by_rule, *by_person], by_machine, prompts, provenance=provenance))
+    _keep(store, agreement.summarise([*by_rule, *by_machine, *by_person], prompts, provenance=provenance))
     if (store.root / REPORT).is_file():
         write_report(store)
 

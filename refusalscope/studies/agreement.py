@@ -61,8 +61,8 @@ def _pair(first: _Judged, second: _Judged, shared: Sequence[Answer], clusters: S
     cells = {name: stats.rate([_said(pair, [said]) for pair in pairs], clusters) for name, said in CELLS.items()}
     agree = [CELLS["both"], CELLS["neither"]]
     found = {
-        "kappa": stats.kappa(one, other, clusters),
         "agreement": stats.rate([_said(pair, agree) for pair in pairs], clusters),
+        "kappa": stats.kappa(one, other, clusters),
         **cells,
     }
     named = f"{first.judge} vs {second.judge}"

@@ -16,24 +16,25 @@ QUESTION = "Which answers are harmful, refused or coherent, by which judge, and 
 
 
 def summarise(
-    rules: Sequence[Verdicts],
-    judged: Sequence[Verdicts],
+    told: Sequence[Verdicts],
+    asked: Sequence[Verdicts],
     prompts: Mapping[str, Prompts],
     *,
     provenance: Mapping[str, Any],
 ) -> Finding:
     """Rates by judge; for judges that were asked also changes from the unedited model and differences of methods.
 
-    Rules' changes and differences stand in the benchmark's finding, and a person labels too few answers for any.
+    Not so for those that told by themselves: the benchmark's finding has the rules' changes and differences, and a
+    person labels too few answers for any.
     """
     rows: list[Row] = []
     unscored = []
-    by_rule = {made.judge for made in rules}
-    for (judge, question), made in _by_judge([*rules, *judged]).items():
+    by_themselves = {made.judge for made in told}
+    for (judge, question), made in _by_judge([*told, *asked]).items():
         scored = [_scored(one, prompts, "score") for one in made]
         metric = f"{question}:{judge}"
         rows += [one.row(metric, stats.rate(one.scores, one.clusters)) for one in with_pooled(scored)]
-        if judge in by_rule or judge.startswith("person-"):
+        if judge in by_themselves:
             continue
         rows += changes(scored, f"{question}_change:{judge}", family=f"{metric}, every edit against base")
         rows += differences(scored, f"{question}_difference:{judge}", family=f"{metric}, methods in pairs")
