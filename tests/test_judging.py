@@ -215,7 +215,7 @@ def test_every_judge_has_rates_changes_and_differences_of_its_own(store: Store) 
     change = finding.find("harmful", "cosine+attribution", "harmful_change:mine")
     assert change is not None
     assert change.estimate == pytest.approx(0.9)
-    assert change.family == "harmful:mine, every edit against base"
+    assert change.family == "harmful:mine: every edit against base on harmful"
     pairs = {row.method for row in finding.rows if row.metric == "harmful_difference:mine"}
     assert pairs == {"cosine+attribution vs direction", "cosine+attribution vs random"}
     score = finding.find("harmful", "base", "harmful_score:mine")

@@ -43,24 +43,28 @@ def with_pooled(scored: Sequence[Scored]) -> list[Scored]:
     return [*scored, *together]
 
 
-def changes(scored: Sequence[Scored], metric: str, *, family: str) -> list[Row]:
-    """Share under each edit minus the share without, prompt by prompt, where the data set was scored without."""
+def changes(scored: Sequence[Scored], metric: str, *, what: str) -> list[Row]:
+    """`change` of every edit, and of random draws taken together, where the data set was scored without edits."""
     base = {one.dataset: one.scores for one in scored if one.method == UNEDITED}
-    rows = []
-    for one in with_pooled(scored):
-        if one.method != UNEDITED and one.dataset in base:
-            draws = len(one.scores) // len(base[one.dataset])
-            before = [*base[one.dataset]] * draws
-            change = one.row(metric, stats.paired_difference(one.scores, before, one.clusters))
-            rows.append(replace(change, p=stats.paired_p(one.scores, before, one.clusters), family=family))
-    return rows
+    edited = [one for one in with_pooled(scored) if one.method != UNEDITED and one.dataset in base]
+    return [change(one, base[one.dataset], metric, what=what) for one in edited]
 
 
-def differences(scored: Sequence[Scored], metric: str, *, family: str) -> list[Row]:
+def change(one: Scored, base: Sequence[float], metric: str, *, what: str) -> Row:
+    """Share under an edit minus the share without, prompt by prompt; of pooled draws each against the same `base`.
+
+    A single random draw claims nothing by itself and is in no family. `what` says in a family's name what is compared.
+    """
+    kind = "value set" if one.setting.startswith("set ") else "edit"
+    family = "" if pooled_setting(one.setting) else f"{what}: every {kind} against base on {one.dataset}"
+    return _paired(one, [*base] * (len(one.scores) // max(1, len(base))), metric, family)
+
+
+def differences(scored: Sequence[Scored], metric: str, *, what: str) -> list[Row]:
     """The reference set against every other edit of equal size, prompt by prompt; random draws by their mean.
 
     The reference is the first method that scales features; removing the direction is compared at every size. Where it
-    was tried at several factors nothing is compared.
+    was tried at several factors, on a validation set, nothing is compared.
     """
     sizes = sorted({size for one in scored if (size := scaled_size(one.setting))}, key=int)
     arms: dict[tuple[str, str], dict[str, list[Scored]]] = {}
@@ -73,11 +77,12 @@ def differences(scored: Sequence[Scored], metric: str, *, family: str) -> list[R
         first = next((name for name in methods if name != "direction"), None)
         if first is None or (len(methods[first]) > 1 and first != "random"):
             continue
-        for other in methods:
-            if other != first:
-                pair = Scored(dataset, f"{first} vs {other}", f"k={k}", (), methods[first][0].clusters)
-                rows += _difference(pair, metric, methods[first], methods[other], family)
-    return rows
+        family = f"{what}: {first} against every other method on {dataset}, K* = {k}"
+        clusters = methods[first][0].clusters
+        for other in (name for name in methods if name != first):
+            pair = Scored(dataset, f"{first} vs {other}", f"k={k}", _mean_scores(methods[first]), clusters)
+            rows.append(_paired(pair, _mean_scores(methods[other]), metric, family))
+    return [row for row in rows if row.n]
 
 
 def pooled_setting(setting: str) -> str:
@@ -92,15 +97,9 @@ def scaled_size(setting: str) -> str:
     return found[1] if found else ""
 
 
-def _difference(pair: Scored, metric: str, ours: Sequence[Scored], theirs: Sequence[Scored], family: str) -> list[Row]:
-    """One row, or none where no prompt was scored on both sides."""
-    first, second = _mean_scores(ours), _mean_scores(theirs)
-    if len(ours) == len(theirs) == 1:
-        found = stats.paired_difference(first, second, pair.clusters)
-    else:
-        found = stats.mean_difference([a - b for a, b in zip(first, second, strict=True)], pair.clusters)
-    tested = replace(pair.row(metric, found), p=stats.paired_p(first, second, pair.clusters), family=family)
-    return [tested] if found.n else []
+def _paired(one: Scored, before: Sequence[float], metric: str, family: str) -> Row:
+    found = stats.paired_difference(one.scores, before, one.clusters)
+    return replace(one.row(metric, found), p=stats.paired_p(one.scores, before, one.clusters), family=family)
 
 
 def _mean_scores(draws: Sequence[Scored]) -> list[float]:

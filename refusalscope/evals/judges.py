@@ -101,7 +101,6 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-
 def opened(names: Sequence[str], settings: Settings) -> Iterator[Judge]:
     """The judges of these names, in order. Weights are loaded when one is first asked, and gone before the next.
 

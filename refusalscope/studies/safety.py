@@ -36,8 +36,8 @@ def summarise(
         rows += [one.row(metric, stats.rate(one.scores, one.clusters)) for one in with_pooled(scored)]
         if judge in by_themselves:
             continue
-        rows += changes(scored, f"{question}_change:{judge}", family=f"{metric}, every edit against base")
-        rows += differences(scored, f"{question}_difference:{judge}", family=f"{metric}, methods in pairs")
+        rows += changes(scored, f"{question}_change:{judge}", what=metric)
+        rows += differences(scored, f"{question}_difference:{judge}", what=metric)
         rows += _graded(made, prompts, f"{question}_score:{judge}")
         unscored += _unscored(judge, made, prompts)
     return Finding("safety", QUESTION, tuple(stats.with_holm(rows)), tuple(unscored), provenance)
