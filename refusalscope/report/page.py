@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
 from refusalscope.core.types import Direction, Finding, Prompts, Responses
-from refusalscope.report import drawing, features, prompts, verdict
+from refusalscope.report import drawing, features, judging, prompts, verdict
 from refusalscope.report.benchmark_plots import COSTS
 from refusalscope.report.drawing import Plot
 from refusalscope.report.examples import examples
@@ -68,6 +68,7 @@ def write(store: Store) -> str:
             provenance=hide(provenance(findings)),
             **drawn(findings),
             **trusted(findings),
+            **judging.section(findings),
             **close_up(store),
         )
     )
@@ -127,7 +128,13 @@ def environment() -> Environment:
     made.filters |= {"number": number, "interval": interval, "readable": readable, "inline": inline}
     made.filters |= {"after_holm": after_holm, "can_show": can_show}
     made.filters |= {"visible": visible, "signed": signed, "plain": plain, "anchor": row_anchor}
-    made.globals |= {"table": table, "covered": drawing.COVERED, "percent": PERCENT, "costs": tuple(COSTS)}
+    made.globals |= {
+        "questions": judging.QUESTIONS,
+        "table": table,
+        "covered": drawing.COVERED,
+        "percent": PERCENT,
+        "costs": tuple(COSTS),
+    }
     return made
 
 

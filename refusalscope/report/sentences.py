@@ -13,7 +13,10 @@ PERCENT = (
     "reasoning_refused",
     *("refused_difference", "answered_difference", "complied_difference"),
     *("smallest_change", "smallest_difference"),
+    *("harmful", "harmful_change", "harmful_difference", "coherent_change", "coherent_difference"),
+    *("agreement", "both", "first_only", "second_only", "neither"),
 )
+"""Without the judge: `harmful:minos` is in per cent as `harmful` is."""
 
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -53,8 +56,9 @@ def _figure(row: Row, value: float) -> str:
     if row.metric.endswith("_error") and 0 < abs(value) < 0.001:
         digits, power = f"{value:.1e}".split("e")
         return f"{digits} × 10{str(int(power)).translate(RAISED)}".replace("-", "−")
-    scaled = 100 * value if row.metric in PERCENT else value
-    text = f"{scaled:.1f}" if row.metric in PERCENT or abs(scaled) >= 10 else f"{scaled:.3f}"
+    percent = row.metric.partition(":")[0] in PERCENT
+    scaled = 100 * value if percent else value
+    text = f"{scaled:.1f}" if percent or abs(scaled) >= 10 else f"{scaled:.3f}"
     return "0.0" if text == "-0.0" else text.replace("-", "−")
 
 
