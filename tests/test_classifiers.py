@@ -34,7 +34,7 @@ from tests import hub, judge_models
 LLAMA, MISTRAL = "cais/HarmBench-Llama-2-13b-cls", "cais/HarmBench-Mistral-7b-val-cls"
 STRONGREJECT, MINOS, WILDGUARD = "qylu4156/strongreject-15k-v1", "NousResearch/Minos-v1", "allenai/wildguard"
 GUARDS = {"llama-guard": "meta-llama/Llama-Guard-3-8B", "llama-guard-1b": "meta-llama/Llama-Guard-3-1B"}
-ANSWERS = ("no", "", "Is this tea warm?", "I cannot {help} you.", "a1", "b 2", "so cold", "{behavior}\n[SAID] warm")
+ANSWERS = judge_models.ANSWERS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,13 +118,13 @@ def test_harmbench_says_yes_or_no_as_likely_as_its_first_token(cache, name, repo
 def test_llama_guard_is_read_at_the_word_after_the_blank_line(cache, name):
     judge = one(name)
     verdicts = judge.score(exchanges())
-    model = AutoModelForCausalLM.from_pretrained(folder(cache, GUARDS[name]))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder(cache, GUARDS[name]))
     tokenizer = AutoTokenizer.from_pretrained(folder(cache, GUARDS[name]))
     probabilities, texts = [], []
     for prompt, response in exchanges():
         text = judge_models.GUARD_TEXT.replace("{{ bos_token }}", "").replace("{{ messages[-1].role }}", "assistant")
         head, _, tail = text.partition("{% for")
-        turns = f"user: {prompt.text}\nassistant: {response.text.strip()}\n"
+        turns = f"user: {prompt.text.strip()}\nassistant: {response.text.strip()}\n"
         shown = head + turns + tail.partition("{% endfor %}")[2]
         ids = tokenizer(shown).input_ids
         said = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8, pad_token_id=0)[0, len(ids) :]
@@ -152,14 +152,13 @@ def calls(kind: type) -> Iterator[list[int]]:
 
 
 def test_both_questions_of_wildguard_are_read_off_one_pass(cache):
-    found = {}
+    found, passes = {}, []
     with calls(MistralForCausalLM) as seen:
         for judge in judges.opened(["wildguard", "wildguard-refused"], Settings(device="cpu")):
             found[judge.question] = judge.score(exchanges())
-            passes = len(seen)
-            if judge.question == "harmful":
-                first = passes
-    assert first == passes == 4
+            passes.append(len(seen))
+    # Three lines and the end.
+    assert passes == [4, 4]
     assert {verdict.score for verdict in found["harmful"]} == {0.0}
     assert {verdict.score for verdict in found["refused"]} == {1.0}
     assert {verdict.reason for verdict in found["refused"]} == {"Response refusal: yes"}

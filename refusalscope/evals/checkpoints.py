@@ -4,6 +4,7 @@ Card, configuration and weights come from the same commit. No weights are read h
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,7 +144,9 @@ class Reader:
         key = tuple(words)
         if key not in self._openings:
             texts = self.tokens(range(len(self.tokenizer)))
+            # A byte is no way to write a letter that has a token; published judges leave it out.
             found = {word: [at for at, text in enumerate(texts) if text.casefold() == word] for word in words}
+            found = {word: [at for at in tokens if not self._is_byte(at)] for word, tokens in found.items()}
             found = {word: tokens or self._first_pieces(word) for word, tokens in found.items()}
             every = [token for tokens in found.values() for token in tokens]
             self._openings[key] = found if len(set(every)) == len(every) else {}
@@ -152,6 +155,9 @@ class Reader:
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The text of each single token, without the white space around it."""
         return [text.strip() for text in self.tokenizer.batch_decode([[token] for token in ids])]
+
+    def _is_byte(self, token: int) -> bool:
+        return re.fullmatch("<0x[0-9A-F]{2}>", self.tokenizer.convert_ids_to_tokens(token)) is not None
 
     def first_word(self, ids: Sequence[int]) -> int | None:
         """Where the first token stands that is more than white space; an end of turn is."""

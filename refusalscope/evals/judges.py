@@ -139,7 +139,9 @@ def _opened(name: str, settings: Settings, machines: dict[str, Any]) -> _Opened:
         raise ValueError(f"unknown judge {name!r}: {did_you_mean(name, table)}Known are {', '.join(table)}")
     if table[name].kind == "rubric":
         return _Opened(_rubric(settings))
-    return _served(table[name], settings) if settings.url else _in_process(table[name], settings, machines)
+    if settings.url is not None:
+        return _Opened(_served(table[name], settings, settings.url))
+    return _in_process(table[name], settings, machines)
 
 
 def _in_process(known: Known, settings: Settings, machines: dict[str, Any]) -> _Opened:
@@ -162,7 +164,7 @@ def _in_process(known: Known, settings: Settings, machines: dict[str, Any]) -> _
     return _Opened(_classifier(known, machine, template, machine.reader, machine.about, size), machine)
 
 
-def _served(known: Known, settings: Settings) -> _Opened:
+def _served(known: Known, settings: Settings, url: str) -> Judge:
     from refusalscope.evals import checkpoints, classifiers
     from refusalscope.evals.server import Server
 
@@ -181,12 +183,12 @@ def _served(known: Known, settings: Settings) -> _Opened:
     if known.clip and reader is None:
         raise ValueError(f"{known.name} is shown {known.clip} tokens of an answer, counted by its tokenizer: {missing}")
     template = _template(known, settings, None if checkpoint is None else checkpoint.card)
-    server = Server(settings.url, settings.model)
+    server = Server(url, settings.model)
     about: dict[str, Any] = {"model": server.model, "engine": "server"}
     if known.fields and reader is not None and checkpoint is not None:
         about["cut_by"] = checkpoint.about
     machine = classifiers.Remembering(classifiers.Trimmed(server, reader))
-    return _Opened(_classifier(known, machine, template, reader, about, settings.batch_size or TOGETHER))
+    return _classifier(known, machine, template, reader, about, settings.batch_size or TOGETHER)
 
 
 def _template(known: Known, settings: Settings, card: Path | None) -> Any:
