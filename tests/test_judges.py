@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from refusalscope.core.types import Prompt, Response
-from refusalscope.evals import judges, rules
+from refusalscope.evals import judges, local_vllm, rules
 from refusalscope.evals.judges import Exchange, Judge, Settings
 from tests import hub, judge_models
 from tests.judge_server import MODEL, about, judge_server, says
@@ -53,7 +53,7 @@ def test_a_served_judge_is_shown_its_template_without_bos_and_left_cut():
     assert [verdict.score for verdict in verdicts] == [1.0, 1.0]
     assert [verdict.probability for verdict in verdicts] == pytest.approx([0.8, 0.8])
     assert shown[0] == judge_models.HARMBENCH.format(behavior="Ask 0", generation="warm")
-    assert shown[1].startswith("tea ")
+    assert shown[1].lstrip().startswith("tea ")
     assert shown[1].endswith("{tea} Yes or no? [/INST]")
     assert shown[2].startswith("<|user|>\n[INST]")
     assert judge.about["engine"] == "server"
@@ -125,7 +125,8 @@ class Engine:
         return [self._output(prompt["prompt_token_ids"], params) for prompt in prompts]
 
     def _output(self, ids: list[int], params: Any) -> Any:
-        top = self.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1).topk(params.logprobs)
+        spread = self.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        top = spread.topk(min(params.logprobs, len(spread)))
         entries = {
             int(token): SimpleNamespace(logprob=float(value), rank=at, decoded_token="")
             for at, (value, token) in enumerate(zip(*top, strict=True), 1)
@@ -154,22 +155,23 @@ def vllm(monkeypatch: pytest.MonkeyPatch, cache: Path) -> type[Engine]:
     return Engine
 
 
-def test_vllm_is_called_as_its_documentation_says_and_read_as_transformers_is(vllm, cache):
+def test_vllm_is_called_as_its_documentation_says_and_read_as_transformers_is(vllm, cache, monkeypatch):
     """Against a stand-in with vLLM's call signatures: that vLLM answers so is not tested here."""
+    # All of a tiny vocabulary: what is not among the top tokens counts as nothing.
+    monkeypatch.setattr(local_vllm, "TOP", 1000)
     judge = one("harmbench", engine="vllm")
     verdicts = judge.score(exchanges())
     expected = one("harmbench").score(exchanges())
     assert [verdict.score for verdict in verdicts] == [verdict.score for verdict in expected]
     for ours, theirs in zip(verdicts, expected, strict=True):
-        # The variants of yes and no that are not among the top twenty are missing.
-        assert ours.probability == pytest.approx(theirs.probability, abs=0.05)
+        assert ours.probability == pytest.approx(theirs.probability, abs=1e-5)
     (settings,) = vllm.made
     assert settings["model"] == LLAMA
     assert settings["revision"] == hub.snapshot(cache, LLAMA).name
     assert settings["max_model_len"] == 512
     assert settings["enable_lora"] is False
     params, lora = vllm.asked[0]
-    assert (params.temperature, params.max_tokens, params.logprobs, lora) == (0, 1, 20, None)
+    assert (params.temperature, params.max_tokens, lora) == (0, 1, None)
     assert judge.about["engine"] == "vllm"
 
 
@@ -180,6 +182,7 @@ def test_vllm_is_given_an_adapter_and_its_base(vllm, cache, tmp_path):
     (settings,) = vllm.made
     assert (settings["model"], settings["enable_lora"]) == ("google/gemma-2b", True)
     assert settings["tokenizer"] == str(hub.snapshot(cache, STRONGREJECT))
+    assert vllm.asked[0][0].logprobs == 20
     assert vllm.asked[0][1] == (STRONGREJECT, 1, str(hub.snapshot(cache, STRONGREJECT)))
 
 
@@ -225,7 +228,8 @@ def test_settings_say_what_a_users_function_is_asked(own):
 
 
 def test_a_users_function_sees_prompts_and_answers_and_may_use_numpy(own):
-    body = "import numpy\ndef tea(prompts, answers):\n    return numpy.array([p + a for p, a in zip(prompts, answers)]) == 'Ask 0warm'\n"
+    told = "numpy.array([p + a for p, a in zip(prompts, answers)]) == 'Ask 0warm'"
+    body = f"import numpy\ndef tea(prompts, answers):\n    return {told}\n"
     assert [verdict.score for verdict in own(body).score(exchanges("warm", "cold"))] == [1.0, 0.0]
 
 

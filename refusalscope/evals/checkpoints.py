@@ -52,9 +52,12 @@ def find(name: str, revision: str | None = None) -> Checkpoint:
     commit = None if is_folder else folder.name
     shown = folder.resolve().name if is_folder else name
     if (adapter := folder / "adapter_config.json").is_file():
-        adapted = json.loads(adapter.read_text("utf-8"))
-        base = find(adapted["base_model_name_or_path"], adapted.get("revision"))
-        return Checkpoint(shown, name, commit, folder, base)
+        try:
+            adapted = json.loads(adapter.read_text("utf-8"))
+            base_name, base_revision = str(adapted["base_model_name_or_path"]), adapted.get("revision")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{name}: its adapter_config.json does not say what it adapts") from error
+        return Checkpoint(shown, name, commit, folder, find(base_name, base_revision))
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name} holds no checkpoint: there is neither a config.json nor an adapter_config.json")
     return Checkpoint(shown, name, commit, folder)

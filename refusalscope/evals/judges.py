@@ -101,7 +101,6 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-
 def opened(names: Sequence[str], settings: Settings) -> Iterator[Judge]:
     """The judges of these names, in order. Weights are loaded when one is first asked, and gone before the next.
 
@@ -173,19 +172,20 @@ def _served(known: Known, settings: Settings, url: str) -> Judge:
     checkpoint = reader = None
     missing = ""
     try:
-        checkpoint = checkpoints.find(known.repository, settings.revision)
-        reader = checkpoints.Reader.load(checkpoint)
+        # A judge under its model's own chat template has none to fill and nothing to cut.
+        checkpoint = checkpoints.find(known.repository, settings.revision) if known.fields else None
+        reader = None if checkpoint is None else checkpoints.Reader.load(checkpoint)
     except ValueError as error:
         # The weights are elsewhere; what is missing here may not be needed.
         missing = str(error)
-    if checkpoint is None and settings.template is None and known.fields:
+    if missing and checkpoint is None and settings.template is None:
         raise ValueError(f"{missing}; or give the template of {known.name} by --judge-template")
     if known.clip and reader is None:
         raise ValueError(f"{known.name} is shown {known.clip} tokens of an answer, counted by its tokenizer: {missing}")
     template = _template(known, settings, None if checkpoint is None else checkpoint.card)
     server = Server(url, settings.model)
     about: dict[str, Any] = {"model": server.model, "engine": "server"}
-    if known.fields and reader is not None and checkpoint is not None:
+    if reader is not None and checkpoint is not None:
         about["cut_by"] = checkpoint.about
     machine = classifiers.Remembering(classifiers.Trimmed(server, reader))
     return _classifier(known, machine, template, reader, about, settings.batch_size or TOGETHER)
