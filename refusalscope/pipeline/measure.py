@@ -247,7 +247,7 @@ def _cost(job: Job, chosen: Chosen, rows: Prompts, unedited: Responses, arm: Arm
     made = job.in_batches(
         "cost",
         f"costs/{rows.name}/{arm.label}.json",
-        key=job.key("cost", rows, arm, unedited),
+        key=job.key("cost", rows, arm, unedited, capability.KL_TOKENS),
         rows=rows,
         kind=dict,
         make=lambda batch: capability.cost(
