@@ -85,9 +85,9 @@ def measure(
 ) -> dict[str, Any]:
     """A task under an intervention, as plain data.
 
-    `documents`: of every document (the first `limit` of each part) its `id`, which part it is of, each metric's `values`
-    (one number, or several) and the `responses`: log-likelihoods in nats, or texts. `left_out`: metrics that have no
-    value per document. `shortened`: requests longer than the model's context, which lost part of their beginning.
+    `documents`: of every document (the first `limit` of each part) its `id`, the `part` it is of, each metric's
+    `values` (one number, or several) and the `responses`: log-likelihoods in nats, or texts. `left_out`: metrics that
+    have no value per document. `shortened`: requests longer than the model's context, which lost their beginning.
     Raises ValueError, one line, for an intervention that needs a chat's roles or prompts.
     """
     from lm_eval.evaluator import evaluate
@@ -123,7 +123,9 @@ def digest(folder: Path | None) -> str:
         return ""
     made = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
-        made.update(f"{file.relative_to(folder).as_posix()}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        made.update(
+            f"{file.relative_to(folder).as_posix()}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
+        )
     return made.hexdigest()
 
 
@@ -165,15 +167,18 @@ def _check_room(part: Any, wrapped: Any) -> None:
     if part.OUTPUT_TYPE == ANSWERED:
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        longest = normalize_gen_kwargs(part.get_config("generation_kwargs"), wrapped.max_gen_toks)["max_gen_toks"]
+        settings: Any = normalize_gen_kwargs(part.get_config("generation_kwargs"), wrapped.max_gen_toks)
+        longest = settings["max_gen_toks"]
         if longest >= wrapped.max_length:
             raise ValueError(
-                f"the task {part.task_name} asks for answers of {longest} tokens, but {wrapped.chat.name} has a context "
-                f"of {wrapped.max_length}: leave it out"
+                f"the task {part.task_name} asks for answers of {longest} tokens, but {wrapped.chat.name} has a "
+                f"context of {wrapped.max_length}: leave it out"
             )
 
 
-def _documents(task: Task, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[dict[str, Any]], list[str]]:
+def _documents(
+    task: Task, samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[list[dict[str, Any]], list[str]]:
     """One entry a document, its values under all filters together; and the metrics that cannot be one's own."""
     documents: dict[str, dict[str, Any]] = {}
     left_out: set[str] = set()
@@ -200,7 +205,7 @@ def _response(answer: Any) -> str | float | None:
 
 
 def _values(value: Any, aggregation: Any) -> list[float] | None:
-    """A document's own numbers, if the task's is a mean of them; several where it is asked for several things at once."""
+    """A document's own numbers, if the task's is a mean of them; several where several things are asked of it."""
     from lm_eval.api.metrics import mean, nanmean
 
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, bool) for item in value):

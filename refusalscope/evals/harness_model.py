@@ -7,7 +7,7 @@ system prompt and reasoning, one BOS at most, greedy answers that end where the 
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -21,15 +21,19 @@ from refusalscope.inputs.chat import ChatModel
 from refusalscope.inputs.template import Thinking
 
 Progress = Callable[[str, int, int], None]
+# The decorator that registers the class hides what it is from a type checker.
+Parent: Any = cast(Any, HFLM)
 
 
-class HarnessModel(HFLM):
+class HarnessModel(Parent):
     """The bare model behind a `ChatModel`, edited or not by whoever calls the harness.
 
-    While the model runs standard error is `stderr`, whatever swallows what the harness prints, so that `progress` shows.
+    While the model runs standard error is `stderr`, so that `progress` shows whatever swallows what the harness prints.
     """
 
-    def __init__(self, chat: ChatModel, *, batch_size: int, stderr: TextIO, progress: Progress = lambda *_: None) -> None:
+    def __init__(
+        self, chat: ChatModel, *, batch_size: int, stderr: TextIO, progress: Progress = lambda *_: None
+    ) -> None:
         # A tokenizer without a padding token is given one, which is no business of the chat model's.
         tokenizer = chat.tokenizer if chat.tokenizer.pad_token_id is not None else copy.deepcopy(chat.tokenizer)
         super().__init__(
