@@ -283,8 +283,11 @@ def capability(
 ) -> None:
     """Measure what a run's edits cost on tasks and documents, without choosing or answering anything anew."""
     with one_clear_line(), progress_bar() as progress:
+        from transformers.utils import logging as transformers_logging
+
         from refusalscope.pipeline import capability as measuring
 
+        transformers_logging.disable_progress_bar()
         names = None if methods is None else split(methods)
         wanted = measuring.Wanted(split(tasks), names, limit, num_fewshot, include_path, documents)
         with closing(measuring.reopened(run, progress)) as job:

@@ -62,9 +62,10 @@ def run_capability(job: Job, wanted: Wanted) -> str:
     """Measure what is wanted, write the finding, and the report anew if there is one; returns the path of either."""
     standing = read_standing(job)
     chosen = wanted_arms(standing.arms, wanted.methods)
+    texts = None if wanted.documents is None else documents.source(wanted.documents)
     _measure_tasks(job, standing, chosen, wanted)
-    if wanted.documents is not None:
-        _measure_documents(job, standing, chosen, documents.source(wanted.documents))
+    if texts is not None:
+        _measure_documents(job, standing, chosen, texts)
     summarise(job, standing, chosen)
     return write_report(job.store) if (job.store.root / "report.html").is_file() else "findings/capability.json"
 
@@ -93,7 +94,8 @@ def wanted_arms(known: Sequence[Arm], methods: Sequence[str] | None) -> list[Arm
     labels = {arm.label for arm in known}
     if unknown := [name for name in methods if name not in names and name not in labels]:
         raise ValueError(
-            f"--methods {unknown[0]!r}: this run has {', '.join(names)}, or one of them as {sorted(labels)}"
+            f"--methods {unknown[0]!r}: this run has {', '.join(names)}; of several edits of one method name one as in "
+            f"{max(labels)!r}"
         )
     return [arm for arm in known if arm is BASE or arm.method in methods or arm.label in methods]
 

@@ -31,10 +31,8 @@ class Line(NamedTuple):
 
 
 class CostTable(NamedTuple):
-    """Columns and lines in the order in which they first appear."""
+    """Columns and lines in the order in which they first appear, those of one data set together."""
 
-    datasets: Mapping[str, int]
-    """How many columns each has."""
     columns: Sequence[Column]
     lines: Sequence[Line]
 
@@ -46,7 +44,7 @@ def cost_table(finding: Finding) -> CostTable:
     columns = [column for dataset in datasets for column in rows if column.dataset == dataset]
     edits = dict.fromkeys((row.method, row.setting) for row in finding.rows if " draw=" not in row.setting)
     lines = [Line(*edit, dict(_cells(finding, *edit, columns))) for edit in edits]
-    return CostTable({name: sum(c.dataset == name for c in columns) for name in datasets}, columns, lines)
+    return CostTable(columns, lines)
 
 
 def _cells(finding: Finding, method: str, setting: str, columns: Sequence[Column]) -> list[tuple[Column, Cell]]:

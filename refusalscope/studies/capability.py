@@ -17,6 +17,8 @@ QUESTION = (
     "What do these edits cost: on tasks, on text, on the model's own answers and on prompts it should not refuse?"
 )
 UNEDITED = "base"
+ENOUGH = 10
+"""Parts of a group that make them clusters."""
 
 
 class Measure(NamedTuple):
@@ -38,10 +40,11 @@ class Measure(NamedTuple):
 def of_task(method: str, setting: str, scored: Mapping[str, Any]) -> list[Measure]:
     """One measure a metric of a task, as `evals.harness.measure` gives it.
 
-    Several values of one document are one cluster, and so are the documents of one part of a group.
+    Several values of one document are one cluster. So are the documents of one part of a group of `ENOUGH` parts or
+    more (MMLU's subjects); fewer say nothing of how parts differ, and there every document is its own.
     """
     documents = scored["documents"]
-    grouped = len({document["part"] for document in documents}) > 1
+    grouped = len({document["part"] for document in documents}) >= ENOUGH
     made = []
     for metric in dict.fromkeys(name for document in documents for name in document["values"]):
         flat = [
