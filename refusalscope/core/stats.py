@@ -1,17 +1,24 @@
-"""Numbers that carry their doubt: intervals for rates, means and paired differences. Pure, NaN-aware.
+"""Numbers that carry their doubt: rates, means, paired differences, agreement, and what is left after many comparisons.
 
 NaN means unscored: it lowers coverage and never enters an estimate as 0. Prompts of one cluster (shared intent)
-count as one draw.
+count as one draw. `docs/method.md` says what each interval covers in simulation.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Z95 = 1.959963984540054
+from refusalscope.core.intervals import jeffreys_kappa, kappa_of, studentised, tango, wilson
+from refusalscope.core.types import Row
+
+SIGNIFICANT = 0.05
+FLIPS = 99_999
+"""Random sign flips where there are too many to count."""
 
 
 class Estimate(NamedTuple):
@@ -24,28 +31,16 @@ class Estimate(NamedTuple):
     coverage: float
 
 
-def wilson(successes: float, n: float) -> tuple[float, float]:
-    """Wilson's 95 % score interval for a proportion (Wilson 1927). `n` may be an effective sample size."""
-    if n <= 0:
-        raise ValueError(f"a proportion needs n > 0, got {n}")
-    share = successes / n
-    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    # Rounding must not put a share of 0 or 1 outside its own interval.
-    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+NOTHING = Estimate(0, None, None, None, 0.0)
 
 
 def rate(values: Sequence[float], clusters: Sequence[str] | None = None) -> Estimate:
-    """Share of ones among 0/1 values, with Wilson's interval.
-
-    Clusters shrink n to an effective sample size by the design effect of the cluster totals (Dean and Pagano 2015);
-    a rate of 0 or 1 shows no variance to estimate it from, and takes the number of clusters.
-    """
+    """Share of ones among 0/1 values, with Wilson's interval; clusters shrink n to an effective sample size."""
     kept, names = _scored(values, clusters)
     if not len(kept):
-        return Estimate(0, None, None, None, 0.0)
-    share = float(kept.mean())
-    low, high = wilson(share * (effective := _effective_n(kept, names)), effective)
+        return NOTHING
+    share, effective = float(kept.mean()), _effective_trials(kept, names)
+    low, high = wilson(share * effective, effective)
     return Estimate(len(kept), share, low, high, len(kept) / len(values))
 
 
@@ -55,59 +50,64 @@ def mean(
     *,
     weights: Sequence[int | float] | None = None,
     seed: int = 0,
-    resamples: int = 2000,
+    resamples: int = 10_000,
 ) -> Estimate:
-    """Weighted mean with a BCa bootstrap interval (Efron 1987) that resamples whole clusters.
+    """Weighted mean with a studentised bootstrap interval that resamples whole clusters.
 
     `weights` are token counts when the values are per-token means, so that long answers count for more.
     """
     kept, names = _scored(values, clusters)
     if not len(kept):
-        return Estimate(0, None, None, None, 0.0)
+        return NOTHING
     mass = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
     mass = mass[~np.isnan(np.asarray(values, dtype=float))]
     totals, masses = _by_cluster(kept * mass, names), _by_cluster(mass, names)
-    point = float(totals.sum() / masses.sum())
-    low, high = _bca(totals, masses, point, np.random.default_rng(seed), resamples)
-    return Estimate(len(kept), point, low, high, len(kept) / len(values))
+    low, high = studentised(totals, masses, seed=seed, resamples=resamples)
+    return Estimate(len(kept), float(totals.sum() / masses.sum()), low, high, len(kept) / len(values))
 
 
 def paired_difference(
     after: Sequence[float], before: Sequence[float], clusters: Sequence[str] | None = None
 ) -> Estimate:
-    """Difference of two paired rates, `after - before`, with Newcombe's score interval (Newcombe 1998, method 10).
+    """Mean of `after - before` over pairs of scores between 0 and 1, with Tango's score interval.
 
-    Values are 0, 1 or NaN; a pair with a NaN on either side is left out and lowers coverage. Where pairs share a
-    cluster the interval is that of `mean_difference`.
+    A pair with a NaN on either side is left out and lowers coverage. Where pairs share a cluster, or scores are means
+    over draws, the discordant pairs are counted at the n of single yes-or-no pairs that would leave as much doubt.
     """
-    if len(after) != len(before):
-        raise ValueError(f"pairs need equal lengths, got {len(after)} and {len(before)}")
-    if clusters is not None and len(set(clusters)) < len(clusters):
-        return mean_difference([a - b for a, b in zip(after, before, strict=True)], clusters)
-    both = [(a, b) for a, b in zip(after, before, strict=True) if not (math.isnan(a) or math.isnan(b))]
-    n = len(both)
-    if n == 0:
-        return Estimate(0, None, None, None, 0.0)
-    yes_yes = sum(1 for a, b in both if a and b)
-    yes_no = sum(1 for a, b in both if a and not b)
-    no_yes = sum(1 for a, b in both if b and not a)
-    first, second = (yes_yes + yes_no) / n, (yes_yes + no_yes) / n
-    low, high = _newcombe(first, second, n, _phi(yes_yes, yes_no, no_yes, n - yes_yes - yes_no - no_yes))
-    return Estimate(n, first - second, low, high, n / len(after))
+    differences, names = _scored(_differences(after, before), clusters)
+    if not len(differences):
+        return NOTHING
+    if np.abs(differences).max() > 1:
+        raise ValueError("a paired difference needs scores between 0 and 1")
+    n, difference = len(differences), float(differences.mean())
+    gained, lost = float(differences.clip(min=0).mean()), float(-differences.clip(max=0).mean())
+    effective = _effective_n(differences - difference, names, gained + lost - difference**2)
+    low, high = tango(gained * effective, lost * effective, effective)
+    return Estimate(n, difference, min(low, difference), max(high, difference), n / len(after))
 
 
-def mean_difference(differences: Sequence[float], clusters: Sequence[str]) -> Estimate:
-    """Mean of paired differences of scores between 0 and 1, resampling whole clusters as `mean` does.
+def kappa(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[str] | None = None, *, seed: int = 0
+) -> Estimate:
+    """Cohen's kappa of two judges' yes (1) and no (0), with Jeffreys's interval over the four cells.
 
-    Where no pair differs a bootstrap sees no doubt at all; then the interval is Newcombe's for as many pairs that agree
-    as there are clusters.
+    A pair with a NaN on either side is left out and lowers coverage. Where both judges say one and the same of
+    everything there is no kappa: n is 0. Clusters shrink the cells to the n that leaves as much doubt.
     """
-    found = mean(differences, clusters)
-    if not found.n or any(differences[i] for i in range(len(differences)) if not math.isnan(differences[i])):
-        return found
-    agreeing = len({name for name, value in zip(clusters, differences, strict=True) if not math.isnan(value)})
-    low, high = _newcombe(0.0, 0.0, agreeing, 0.0)
-    return found._replace(low=low, high=high)
+    differences = _differences(first, second)
+    kept, names = _scored(differences, clusters)
+    if not len(kept):
+        return NOTHING
+    a, b = (np.asarray(side, dtype=float)[~np.isnan(differences)] for side in (first, second))
+    if not np.isin([a, b], (0.0, 1.0)).all():
+        raise ValueError("kappa needs judgements that are 0, 1 or NaN")
+    n, cells = len(kept), np.array([a @ b, a @ (1 - b), (1 - a) @ b, (1 - a) @ (1 - b)])
+    if math.isnan(found := float(kappa_of(cells))):
+        return NOTHING._replace(coverage=n / len(first))
+    pull = _pull_on_kappa(a, b)
+    effective = _effective_n(pull, names, float((pull**2).mean()))
+    low, high = jeffreys_kappa(cells * (effective / n), seed=seed)
+    return Estimate(n, found, min(low, found), max(high, found), n / len(first))
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Estimate:
@@ -136,16 +136,83 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right") + 1) / 2
 
 
-def mcnemar(after: Sequence[float], before: Sequence[float]) -> float:
-    """Two-sided exact McNemar p-value: are the discordant pairs a fair coin? NaN pairs are left out."""
-    gained = sum(1 for a, b in zip(after, before, strict=True) if a == 1 and b == 0)
-    lost = sum(1 for a, b in zip(after, before, strict=True) if a == 0 and b == 1)
-    n, few = gained + lost, min(gained, lost)
-    tail = sum(math.comb(n, k) for k in range(few + 1)) / 2**n if n else 1.0
-    return min(1.0, 2 * tail)
+def paired_p(
+    after: Sequence[float], before: Sequence[float], clusters: Sequence[str] | None = None, *, seed: int = 0
+) -> float | None:
+    """Two-sided p-value of no paired difference; NaN pairs are left out, None where none remains.
+
+    The sign of every cluster's total is flipped: exact, or from random flips where the totals take too many values to
+    count. For yes-or-no scores of prompts that share no cluster this is the exact McNemar test.
+    """
+    differences, names = _scored(_differences(after, before), clusters)
+    if not len(differences):
+        return None
+    totals = np.abs(signed := np.round(_by_cluster(differences, names), 9))
+    return _flipped(totals[totals > 0], abs(float(signed.sum())) - 1e-6, seed)
 
 
-def _scored(values: Sequence[float], clusters: Sequence[str] | None) -> tuple[NDArray[np.float64], list[str]]:
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction of p-values tested together (Holm 1979), in their order."""
+    corrected, highest = [0.0] * len(p), 0.0
+    for place, at in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        highest = max(highest, min(1.0, (len(p) - place) * p[at]))
+        corrected[at] = highest
+    return corrected
+
+
+def with_holm(rows: Sequence[Row]) -> list[Row]:
+    """The same rows, `p_holm` filled in wherever a row has a p and names a family."""
+    families: dict[str, list[int]] = {}
+    for at, row in enumerate(rows):
+        if row.p is not None and row.family:
+            families.setdefault(row.family, []).append(at)
+    made = list(rows)
+    for members in families.values():
+        for at, corrected in zip(members, holm([rows[at].p or 0.0 for at in members]), strict=True):
+            made[at] = replace(rows[at], p_holm=corrected)
+    return made
+
+
+def smallest_difference(n: int, comparisons: int) -> tuple[int, float] | None:
+    """The fewest discordant prompts, all one way, that Holm's first step lets pass at .05, and their share of `n`.
+
+    None where `n` prompts are too few for it.
+    """
+    if comparisons < 1:
+        raise ValueError(f"a family holds at least one comparison, got {comparisons}")
+    needed = next(pairs for pairs in count(1) if 2 * 0.5**pairs <= SIGNIFICANT / comparisons)
+    return (needed, needed / n) if needed <= n else None
+
+
+def _flipped(totals: NDArray[np.float64], observed: float, seed: int) -> float:
+    """How often a sum of `totals` under random signs is as far from 0 as what was observed."""
+    sums, chances = np.zeros(1), np.ones(1)
+    for total in totals:
+        again = np.round(np.concatenate([sums - total, sums + total]), 9)
+        sums, index = np.unique(again, return_inverse=True)
+        chances = np.bincount(index, np.tile(chances / 2, 2))
+        if len(sums) > 20_000:
+            return _flipped_at_random(totals, observed, seed)
+    return min(1.0, float(chances[np.abs(sums) >= observed].sum()))
+
+
+def _flipped_at_random(totals: NDArray[np.float64], observed: float, seed: int) -> float:
+    rng, as_far = np.random.default_rng(seed), 0
+    for start in range(0, FLIPS, 10_000):
+        signs = rng.integers(2, size=(min(10_000, FLIPS - start), len(totals))) * 2 - 1
+        as_far += int(np.sum(np.abs(signs @ totals) >= observed))
+    return (1 + as_far) / (1 + FLIPS)
+
+
+def _differences(after: Sequence[float], before: Sequence[float]) -> NDArray[np.float64]:
+    if len(after) != len(before):
+        raise ValueError(f"pairs need equal lengths, got {len(after)} and {len(before)}")
+    return np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+
+
+def _scored(
+    values: Sequence[float] | NDArray[np.float64], clusters: Sequence[str] | None
+) -> tuple[NDArray[np.float64], list[str]]:
     if clusters is not None and len(clusters) != len(values):
         raise ValueError(f"{len(values)} values but {len(clusters)} clusters")
     names = [str(i) for i in range(len(values))] if clusters is None else list(clusters)
@@ -159,58 +226,40 @@ def _by_cluster(values: NDArray[np.float64], names: Sequence[str]) -> NDArray[np
     return np.bincount(index, weights=values).astype(np.float64)
 
 
-def _effective_n(values: NDArray[np.float64], names: Sequence[str]) -> float:
-    n, share = len(values), float(values.mean())
-    clusters = len(set(names))
+def _effective_trials(values: NDArray[np.float64], names: Sequence[str]) -> float:
+    """The n of independent draws whose rate is as uncertain as that of these clusters (Dean and Pagano 2015).
+
+    Half a cluster more, a quarter all ones and a quarter all zeros, enters the variance: with few ones there is nothing
+    else to tell by whether they come together.
+    """
+    n, clusters = len(values), len(set(names))
     if clusters == n:
         return float(n)
-    if share in (0.0, 1.0) or clusters == 1:
+    size, k = n / clusters, clusters + 0.5
+    total = n + size / 2
+    share = (float(values.sum()) + size / 4) / total
+    squares = float((_by_cluster(values - share, names) ** 2).sum()) + size**2 / 4 * ((1 - share) ** 2 + share**2)
+    variance = k / (k - 1) * squares / total**2
+    return min(float(n), n / total * share * (1 - share) / variance)
+
+
+def _effective_n(deviations: NDArray[np.float64], names: Sequence[str], variance: float) -> float:
+    """How many independent draws of this variance have a mean as uncertain as that of these; `deviations` sum to 0.
+
+    Where nothing varies, or all is one cluster, the number of clusters.
+    """
+    n, clusters = len(deviations), len(set(names))
+    squares = float((deviations**2).sum())
+    if clusters == 1 or squares < 1e-18 or variance < 1e-18:
         return float(clusters)
-    residual = _by_cluster(values - share, names)
-    variance = clusters / (clusters - 1) * float((residual**2).sum()) / n**2
-    design_effect = max(1.0, variance / (share * (1 - share) / n))
-    return n / design_effect
+    if clusters < n:
+        squares = max(squares, clusters / (clusters - 1) * float((_by_cluster(deviations, names) ** 2).sum()))
+    return variance * n**2 / squares
 
 
-def _bca(
-    totals: NDArray[np.float64], masses: NDArray[np.float64], point: float, rng: np.random.Generator, resamples: int
-) -> tuple[float, float]:
-    count = len(totals)
-    if count == 1 or np.ptp(totals / masses) == 0:
-        return point, point
-    draws = rng.integers(count, size=(resamples, count))
-    replicates = totals[draws].sum(1) / masses[draws].sum(1)
-    left_out = (totals.sum() - totals) / (masses.sum() - masses)
-    spread = left_out.mean() - left_out
-    skew = float((spread**3).sum() / (6 * max((spread**2).sum() ** 1.5, 1e-300)))
-    below = (np.sum(replicates < point) + 0.5 * np.sum(replicates == point)) / resamples
-    bias = _normal_quantile(min(max(below, 1 / resamples), 1 - 1 / resamples))
-    ends = [bias + (bias + z) / (1 - skew * (bias + z)) for z in (-Z95, Z95)]
-    shares = [0.5 * (1 + math.erf(end / math.sqrt(2))) for end in ends]
-    low, high = np.quantile(replicates, shares)
-    return float(low), float(high)
-
-
-def _normal_quantile(share: float) -> float:
-    from statistics import NormalDist
-
-    return NormalDist().inv_cdf(share)
-
-
-def _phi(yes_yes: int, yes_no: int, no_yes: int, no_no: int) -> float:
-    """Correlation of the pairs, with Newcombe's continuity correction when it is positive."""
-    n = yes_yes + yes_no + no_yes + no_no
-    margins = (yes_yes + yes_no) * (no_yes + no_no) * (yes_yes + no_yes) * (yes_no + no_no)
-    if margins == 0:
-        return 0.0
-    cross = yes_yes * no_no - yes_no * no_yes
-    corrected = max(cross - n / 2, 0.0) if cross > 0 else float(cross)
-    return corrected / math.sqrt(margins)
-
-
-def _newcombe(first: float, second: float, n: int, phi: float) -> tuple[float, float]:
-    (low1, high1), (low2, high2) = wilson(first * n, float(n)), wilson(second * n, float(n))
-    down1, up1, down2, up2 = first - low1, high1 - first, second - low2, high2 - second
-    below = math.sqrt(max(0.0, down1**2 - 2 * phi * down1 * up2 + up2**2))
-    above = math.sqrt(max(0.0, up1**2 - 2 * phi * up1 * down2 + down2**2))
-    return first - second - below, first - second + above
+def _pull_on_kappa(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far each pair moves kappa (its influence function), from which the delta method's variance follows."""
+    one, other, agreed = a.mean(), b.mean(), (a == b).mean()
+    chance = one * other + (1 - one) * (1 - other)
+    on_chance = (2 * other - 1) * (a - one) + (2 * one - 1) * (b - other)
+    return ((a == b) - agreed) / (1 - chance) - (1 - agreed) / (1 - chance) ** 2 * on_chance

@@ -110,23 +110,68 @@ def summarise(
     caveats: Iterable[str],
     provenance: Mapping[str, Any],
 ) -> Finding:
-    """Rates with Wilson intervals, paired changes of refusal against `base`, and costs with bootstrap intervals."""
+    """Rates, paired changes of refusal against `base`, methods compared, and costs.
+
+    Paired rows carry a p-value, and one after Holm's correction over the family they name; a row for every family says
+    how small a difference it can show.
+    """
     base = {r.dataset: r for r in responses if r.method == BASE.method}
     rows: list[Row] = []
     for answered in responses:
         clusters = prompts[answered.dataset].clusters
         rows += _rates(answered, clusters)
         if answered.method != BASE.method and answered.dataset in base:
-            before = base[answered.dataset].score("refused")
-            change = stats.paired_difference(answered.score("refused"), before, clusters)
-            rows.append(_row(answered.dataset, answered.method, "refused_change", answered.setting, change))
+            rows.append(_change(answered, base[answered.dataset].score("refused"), clusters))
     rows += _pooled_draws(responses, base, prompts)
     rows += _comparisons(responses, prompts)
+    rows = [*stats.with_holm(rows), *_smallest(rows, prompts)]
     for (method, setting), measured in _with_pooled(costs).items():
         rows += _cost_rows(method, setting, measured, prompts[cost_prompts])
     untouched = [f"{r.method} {r.setting} on {r.dataset}" for r in responses if r.method != "base" and r.changed == 0]
     notes = [f"These edits changed no position at all: {', '.join(untouched)}."] if untouched else []
     return Finding("benchmark", QUESTION, tuple(rows), (*caveats, *notes), provenance)
+
+
+def _change(answered: Responses, before: Sequence[float], clusters: Sequence[str]) -> Row:
+    """Refusal against `base`; a single random draw claims nothing by itself and is in no family."""
+    kind = "value set" if answered.setting.startswith("set ") else "edit"
+    family = "" if _pooled_setting(answered.setting) else f"refused: every {kind} against base on {answered.dataset}"
+    place = (answered.dataset, answered.method, "refused_change", answered.setting)
+    return _paired(place, answered.score("refused"), before, clusters, family)
+
+
+def _paired(
+    place: tuple[str, str, str, str],
+    after: Sequence[float],
+    before: Sequence[float],
+    clusters: Sequence[str],
+    family: str,
+) -> Row:
+    """A comparison prompt by prompt; `place` is its data set, method, metric and setting."""
+    difference = stats.paired_difference(after, before, clusters)
+    return Row(*place, *difference, stats.paired_p(after, before, clusters), family)
+
+
+def _smallest(rows: Sequence[Row], prompts: Mapping[str, Prompts]) -> list[Row]:
+    """The smallest difference that each family can show after Holm, at the fewest prompts that any of its rows has.
+
+    It takes that many discordant prompts of different clusters, all one way; n is 0 where there are too few.
+    """
+    families: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.p is not None and row.family:
+            families.setdefault((row.dataset, row.family), []).append(row)
+    made: dict[str, Row] = {}
+    for (dataset, _), members in families.items():
+        metric = "smallest_change" if members[0].metric == "refused_change" else "smallest_difference"
+        n, setting = min(row.n for row in members), f"comparisons={len(members)}"
+        found, estimate = stats.smallest_difference(n, len(members)), Estimate(0, None, None, None, 0.0)
+        if found and found[0] <= len(set(prompts[dataset].clusters)):
+            setting = f"{setting} discordant={found[0]}"
+            estimate = Estimate(n, found[1], found[1], found[1], min(row.coverage for row in members))
+        row = _row(dataset, "any", metric, setting, estimate)
+        made.setdefault(f"{row.key()}/{row.n}", row)
+    return list(made.values())
 
 
 def _rates(answered: Responses, clusters: Sequence[str]) -> list[Row]:
@@ -152,9 +197,7 @@ def _pooled_draws(
         together = Responses(dataset, method, setting, tuple(row for answered in group for row in answered.rows))
         rows += _rates(together, clusters)
         if dataset in base:
-            before = base[dataset].score("refused") * len(group)
-            change = stats.paired_difference(together.score("refused"), before, clusters)
-            rows.append(_row(dataset, method, "refused_change", setting, change))
+            rows.append(_change(together, base[dataset].score("refused") * len(group), clusters))
     return rows
 
 
@@ -170,21 +213,15 @@ def _comparisons(responses: Sequence[Responses], prompts: Mapping[str, Prompts])
         first = next((name for name in methods if name != "direction"), None)
         if first is None or (len(methods[first]) > 1 and first != "random"):
             continue  # a validation set, on which every factor was tried
-        for other in methods:
-            for metric in COMPARED if other != first else ():
-                change = _difference(methods[first], methods[other], metric, prompts[dataset].clusters)
-                if change.n:
-                    rows.append(_row(dataset, f"{first} vs {other}", f"{metric}_difference", f"k={k}", change))
+        for metric in COMPARED:
+            family = f"{metric}: {first} against every other method on {dataset}, K* = {k}"
+            ours = _mean_scores(methods[first], metric)
+            for other in (name for name in methods if name != first):
+                place = (dataset, f"{first} vs {other}", f"{metric}_difference", f"k={k}")
+                theirs = _mean_scores(methods[other], metric)
+                row = _paired(place, ours, theirs, prompts[dataset].clusters, family)
+                rows += [row] if row.n else []
     return rows
-
-
-def _difference(
-    ours: Sequence[Responses], theirs: Sequence[Responses], metric: str, clusters: Sequence[str]
-) -> Estimate:
-    if len(ours) == len(theirs) == 1:
-        return stats.paired_difference(ours[0].score(metric), theirs[0].score(metric), clusters)
-    pairs = zip(_mean_scores(ours, metric), _mean_scores(theirs, metric), strict=True)
-    return stats.mean_difference([a - b for a, b in pairs], clusters)
 
 
 def _mean_scores(draws: Sequence[Responses], metric: str) -> list[float]:
