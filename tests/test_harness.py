@@ -311,7 +311,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     small = ["--limit", "3", "--factor", "0", "--max-new-tokens", "12", "--k", "5", "--value", "1", "--layers", "3"]
     small += ["--method", "cosine+attribution", "--method", "cosine"]
     assert invoke("benchmark", "testbed", "--runs", str(runs), "--name", "small", *small)[0] == 0
-    assert invoke("report", str(runs / "small"))[0] == 0
+    (runs / "small" / "report.html").write_text("drawn before")
     (runs / "texts.txt").write_text("Rivers run to the sea.\nBread needs time, and so does a good soup.\n")
     code, out, err = _capability(runs / "small", folder, "--documents", str(runs / "texts.txt"))
     assert (code, out) == (0, f"{runs / 'small' / 'report.html'}\n"), err
@@ -456,6 +456,7 @@ def test_changes_are_paired_by_document() -> None:
     graded = edited._replace(dataset="graded", values=[0.5, 0.25])
     rows = study.summarise([base, base._replace(dataset="graded"), edited, graded], caveats=(), provenance={}).rows
     found = {(row.dataset, row.metric): row for row in rows if row.method == "cosine"}
+    assert {row.metric for row in rows if row.p is not None and row.p_holm is not None} == {"acc_change"}
     assert (found["task", "acc_change"].n, found["task", "acc_change"].estimate) == (2, 0.0)
     assert found["graded", "acc_change"].estimate == pytest.approx(-0.125)
 

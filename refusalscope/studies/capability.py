@@ -6,6 +6,7 @@ same metric without. Knows nothing of files, nor of the harness that made the nu
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from refusalscope.core import stats
@@ -94,7 +95,10 @@ def of_responses(answered: Responses, prompts: Prompts) -> Measure:
 
 
 def summarise(measures: Iterable[Measure], *, caveats: Iterable[str], provenance: Mapping[str, Any]) -> Finding:
-    """Each metric with its interval, and its paired change against the unedited model where that was measured too."""
+    """Each metric with its interval, and its paired change against the unedited model where that was measured too.
+
+    Changes of one metric of one data set are one family for Holm's correction. Means over tokens carry no p-value.
+    """
     taken = with_pooled(list(measures))
     base = {(one.dataset, one.metric): one for one in taken if one.method == UNEDITED}
     rows = []
@@ -103,7 +107,7 @@ def summarise(measures: Iterable[Measure], *, caveats: Iterable[str], provenance
         before = base.get((one.dataset, one.metric))
         if before is not None and one.method != UNEDITED:
             rows.append(_change(one, before))
-    return Finding("capability", QUESTION, tuple(rows), tuple(caveats), provenance)
+    return Finding("capability", QUESTION, tuple(stats.with_holm(rows)), tuple(caveats), provenance)
 
 
 def change_of(metric: str) -> str:
@@ -139,9 +143,16 @@ def _change(one: Measure, base: Measure) -> Row:
     before = [known.get(name, NaN) for name in one.ids]
     metric = change_of(one.metric)
     if one.weights is None and _binary([*one.values, *before]):
-        return _row(one, metric, stats.paired_difference(one.values, before, one.clusters))
-    differences = [a - b for a, b in zip(one.values, before, strict=True)]
-    return _row(one, metric, stats.mean(differences, one.clusters, weights=one.weights))
+        change = stats.paired_difference(one.values, before, one.clusters)
+    else:
+        differences = [a - b for a, b in zip(one.values, before, strict=True)]
+        change = stats.mean(differences, one.clusters, weights=one.weights)
+    tested = one.weights is None and " draw=" not in one.setting
+    return replace(
+        _row(one, metric, change),
+        p=stats.paired_p(one.values, before, one.clusters) if tested else None,
+        family=f"{metric} of {one.dataset}, every edit against the unedited model" if tested else "",
+    )
 
 
 def _binary(values: Iterable[float]) -> bool:
