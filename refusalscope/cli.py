@@ -391,6 +391,46 @@ def list_judges() -> None:
 
 
 @app.command()
+def capability(
+    run: Annotated[Path, typer.Argument(help="A run folder, at least up to `refusalscope benchmark`.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness: arc_challenge,gsm8k,...")] = "",
+    methods: Annotated[
+        str | None, typer.Option(help="Edits of the run: base,direction,cosine,... (default: all but random)")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task. (default: all)")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question. (default: what the task says)")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with task files of your own.")] = None,
+    documents: Annotated[
+        str | None,
+        typer.Option(
+            help="Texts for cross-entropy: a .txt, .jsonl, .json or .csv file, or owner/name@revision:column."
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Documents per batch. (default: the run's own)")] = None,
+) -> None:
+    """Measure what a run's edits cost on tasks and documents, without choosing or answering anything anew."""
+    with one_clear_line(), progress_bar() as progress:
+        from transformers.utils import logging as transformers_logging
+
+        from refusalscope.pipeline import capability as measuring
+
+        transformers_logging.disable_progress_bar()
+        names = None if methods is None else split(methods)
+        wanted = measuring.Wanted(split(tasks), names, limit, num_fewshot, include_path, documents)
+        with closing(measuring.reopened(run, progress)) as job:
+            if batch_size is not None:
+                job.resize(measuring.STAGE, batch_size)
+            print(run / job.run(lambda job: measuring.run_capability(job, wanted)))
+
+
+def split(text: str) -> tuple[str, ...]:
+    """`a, b` as ("a", "b")."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+@app.command()
 def models() -> None:
     """List the models that have a preset: name, repository, SAEs, what was published of them."""
     with one_clear_line():

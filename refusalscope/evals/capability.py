@@ -1,10 +1,11 @@
-"""What an edit costs: cross-entropy and KL on the model's own harmless answers, and what the SAEs lose by themselves.
+"""What an edit costs: cross-entropy and KL on the model's own harmless answers, cross-entropy on documents.
 
-All three forward passes of a comparison see the same tokens; logits are computed at answer positions alone.
+Also what the SAEs lose by themselves.
+All forward passes of a comparison see the same tokens; logits are computed at scored positions alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -15,9 +16,13 @@ from refusalscope.core.types import Prompts, Response, SaeSlice
 from refusalscope.inputs.chat import Batch, ChatModel, Edit, Edits, Tokens
 from refusalscope.inputs.saes import LayerSae, SaeBank
 from refusalscope.inputs.template import Role
-from refusalscope.mechanism.interventions import Intervention, editor
+from refusalscope.mechanism.interventions import Intervention, check_everywhere, editor
 
 Progress = Callable[[str, int, int], None]
+KL_TOKENS = 64
+"""Over how many tokens of an answer, from its first, KL is a mean."""
+DOCUMENT_TOKENS = 256
+"""Where documents are cut off."""
 
 
 class Cost(NamedTuple):
@@ -25,9 +30,27 @@ class Cost(NamedTuple):
 
     prompt_ids: list[str]
     tokens: list[int]
+    cross_entropy: list[float]
+    """Of the unedited model."""
+    cross_entropy_edited: list[float]
     cross_entropy_change: list[float]
+    """Edited minus unedited."""
     kl: list[float]
-    """KL(unedited || edited) of the next-token distribution."""
+    """KL(unedited || edited) of the next-token distribution, over the first `kl_tokens` tokens."""
+    kl_tokens: list[int]
+    """At most `KL_TOKENS`."""
+
+    def weights(self, metric: str) -> list[int]:
+        """How many tokens each prompt's value of `metric` is the mean of."""
+        return self.kl_tokens if metric == "kl" else self.tokens
+
+
+class DocumentCost(NamedTuple):
+    """Per document, means over its tokens but the first; nats per token."""
+
+    document_ids: list[str]
+    tokens: list[int]
+    cross_entropy: list[float]
 
 
 class LayerHealth(NamedTuple):
@@ -48,6 +71,9 @@ class LayerHealth(NamedTuple):
     """Its weights."""
 
 
+Table = TypeVar("Table", Cost, DocumentCost)
+
+
 def cost(
     model: ChatModel,
     prompts: Prompts,
@@ -61,25 +87,55 @@ def cost(
 
     Prompts with an empty answer are left out, so the lists may be shorter than `prompts`.
     """
-    made = Cost([], [], [], [])
+    made = Cost([], [], [], [], [], [], [])
     edits = editor(intervention, layers=len(model.layers), slices=slices).edits
     for tokens in _answered(model, prompts, answers, batch_size=batch_size):
         scored, targets, width = _targets(tokens)
         before = model.run(tokens, logits=width).logits.log_softmax(-1)
         after = model.run(tokens, edits=edits, logits=width).logits.log_softmax(-1)
-        change = _pick(before, targets) - _pick(after, targets)
+        clean, edited = -_pick(before, targets), -_pick(after, targets)
         kl = (before.exp() * (before - after)).sum(-1)
-        for row, inside in enumerate(scored):
-            made.prompt_ids.append(tokens.prompt_ids[row])
-            made.tokens.append(int(inside.sum()))
-            made.cross_entropy_change.append(float(change[row][inside].double().mean()))
-            made.kl.append(float(kl[row][inside].double().mean()))
+        early = scored & (scored.long().cumsum(1) <= KL_TOKENS)
+        made.prompt_ids.extend(tokens.prompt_ids)
+        made.tokens.extend(scored.sum(1).tolist())
+        made.cross_entropy.extend(_means(clean, scored))
+        made.cross_entropy_edited.extend(_means(edited, scored))
+        made.cross_entropy_change.extend(_means(edited - clean, scored))
+        made.kl.extend(_means(kl, early))
+        made.kl_tokens.extend(early.sum(1).tolist())
     return made
 
 
-def joined(parts: Sequence[Cost]) -> Cost:
+def document_cost(
+    model: ChatModel,
+    documents: Prompts,
+    intervention: Intervention | None,
+    *,
+    slices: Mapping[int, SaeSlice] | None = None,
+    batch_size: int,
+) -> DocumentCost:
+    """Cross-entropy of plain text, outside any chat, under an intervention at all its positions.
+
+    Documents are cut off after `DOCUMENT_TOKENS` tokens, BOS included; those of a single token, on which nothing can be
+    scored, are left out. Raises ValueError, one line, for an intervention that needs a chat's roles or prompts.
+    """
+    check_everywhere(intervention)
+    made = DocumentCost([], [], [])
+    edits = editor(intervention, layers=len(model.layers), slices=slices).edits
+    usable = documents.keep(d.id for d in documents if len(model.template.encode_text(d.text)) > 1)
+    for start in range(0, len(usable), batch_size):
+        tokens = model.text_tokens(usable[start : start + batch_size], DOCUMENT_TOKENS).to(model.device)
+        scored, targets, width = _targets(tokens)
+        logits = model.run(tokens, edits=edits, logits=width).logits.log_softmax(-1)
+        made.document_ids.extend(tokens.prompt_ids)
+        made.tokens.extend(scored.sum(1).tolist())
+        made.cross_entropy.extend(_means(-_pick(logits, targets), scored))
+    return made
+
+
+def joined(parts: Sequence[Table]) -> Table:
     """The cost on a data set from those on its batches, in order."""
-    return Cost(*([item for column in columns for item in column] for columns in zip(*parts, strict=True)))
+    return type(parts[0])(*([item for column in columns for item in column] for columns in zip(*parts, strict=True)))
 
 
 def health(
@@ -133,6 +189,11 @@ def _targets(tokens: Tokens) -> tuple[Bool[Tensor, "prompt kept"], Int[Tensor, "
     predicts = torch.zeros_like(answer)
     predicts[:, :-1] = answer[:, 1:]
     return predicts[:, -width:], following[:, -width:], width
+
+
+def _means(values: Float[Tensor, "prompt kept"], scored: Bool[Tensor, "prompt kept"]) -> list[float]:
+    """Each prompt's mean over its scored positions."""
+    return [float(row[inside].double().mean()) for row, inside in zip(values, scored, strict=True)]
 
 
 def _pick(log_probabilities: Float[Tensor, "prompt kept vocabulary"], targets: Tensor) -> Float[Tensor, "prompt kept"]:

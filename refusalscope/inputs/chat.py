@@ -162,11 +162,14 @@ class ChatModel:
                 answer = self._answer(responses[prompt.id], thinking)
                 ids, roles = [*ids, *answer], [*roles, *[int(Role.RESPONSE)] * len(answer)]
             rows.append((ids, roles))
+        return self._padded(prompts.ids, rows, thinking)
+
+    def _padded(self, names: tuple[str, ...], rows: list[tuple[list[int], list[int]]], thinking: Thinking) -> Tokens:
         width = max((len(ids) for ids, _ in rows), default=0)
         padded = [[self.pad_token] * (width - len(ids)) + ids for ids, _ in rows]
         roles = [[int(Role.PADDING)] * (width - len(ids)) + roles for ids, roles in rows]
         ids, kinds = (torch.tensor(part).long().view(len(rows), width) for part in (padded, roles))
-        return Tokens(prompts.ids, ids, kinds, thinking)
+        return Tokens(names, ids, kinds, thinking)
 
     def _answer(self, response: Response, thinking: Thinking) -> list[int]:
         before = self.template.encode_reasoning(response) if thinking == "on" else []
@@ -178,6 +181,16 @@ class ChatModel:
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
             yield part, self.tokens(part).to(self.device)
+
+    def text_tokens(self, documents: Prompts, limit: int) -> Tokens:
+        """Plain text outside any chat, cut off after `limit` tokens.
+
+        The first token of each (BOS, where chats open with one) counts as header and the rest as response: it is what
+        the model can be scored on.
+        """
+        rows = [self.template.encode_text(document.text)[:limit] for document in documents]
+        kinds = [[int(Role.HEADER if at == 0 else Role.RESPONSE) for at in range(len(ids))] for ids in rows]
+        return self._padded(documents.ids, list(zip(rows, kinds, strict=True)), "off")
 
     def run(self, tokens: Tokens, *, edits: Edits | None = None, keep: Iterable[int] = (), logits: int = 0) -> Run:
         """One forward pass.
@@ -216,7 +229,7 @@ class ChatModel:
             eos_token_id=self.end_tokens,
             pad_token_id=self.pad_token,
         )
-        with self._hooked(edits or {}, lambda width: ends.batch(tokens, width), keep=set(), residuals={}):
+        with self._hooked(edits or {}, lambda shape: ends.batch(tokens, shape[1]), keep=set(), residuals={}):
             output = self.model.generate(
                 input_ids=tokens.ids,
                 attention_mask=tokens.mask.long(),
@@ -226,6 +239,16 @@ class ChatModel:
         answers = output[:, tokens.ids.shape[1] :].tolist()
         pairs = zip(tokens.prompt_ids, answers, strict=True)
         return tuple(self._response(name, ids, tokens.thinking) for name, ids in pairs)
+
+    @contextmanager
+    def edited(self, edits: Edits) -> Iterator[None]:
+        """Attach `edits` to the bare `model` for whoever calls it inside, an evaluation harness say.
+
+        Nobody knows there which positions hold what: every one counts as instruction and every row has an empty prompt
+        id, so interventions of which `needs_chat` is true cannot be used. Gone on exit, whatever happens inside.
+        """
+        with self._hooked(edits, _unknown, keep=set(), residuals={}):
+            yield
 
     def decode(self, tokens: Sequence[int]) -> list[str]:
         """The text of each single token."""
@@ -257,7 +280,7 @@ class ChatModel:
     def _hooked(
         self,
         edits: Edits,
-        batch_for: Callable[[int], Batch],
+        batch_for: Callable[[torch.Size], Batch],
         *,
         keep: set[int],
         residuals: dict[int, Tensor],
@@ -271,7 +294,7 @@ class ChatModel:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
                 residual = output[0] if isinstance(output, tuple) else output
                 if layer in edits:
-                    residual = edits[layer](residual, batch_for(residual.shape[1]).to(residual.device))
+                    residual = edits[layer](residual, batch_for(residual.shape).to(residual.device))
                 if layer in keep:
                     residuals[layer] = residual.detach().cpu()
                 return (residual, *output[1:]) if isinstance(output, tuple) else residual
@@ -283,6 +306,11 @@ class ChatModel:
                 handle = self.layers[layer].register_forward_hook(hook_for(layer))
                 stack.callback(handle.remove)
             yield
+
+
+def _unknown(shape: torch.Size) -> Batch:
+    """A batch of which nothing but its shape is known."""
+    return Batch(("",) * shape[0], torch.full(shape[:2], int(Role.INSTRUCTION)))
 
 
 class _EndOfTurn:

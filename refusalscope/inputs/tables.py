@@ -26,13 +26,14 @@ def read_table(path: Path) -> list[TableRow]:
     ending = path.suffix.lower()
     if ending not in readers:
         raise ValueError(f"{path}: a prompt file ends in {', '.join(readers)}")
-    rows = list(readers[ending](_text(path), path))
+    rows = list(readers[ending](read_text(path), path))
     if not rows:
         raise ValueError(f"{path} holds no prompts")
     return rows
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text. Raises ValueError, one line, when it cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -6,10 +6,12 @@ what follows is the first token of an answer; answers are asked for in the mode 
 """
 
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
-from itertools import takewhile
+from functools import cached_property
+from itertools import dropwhile, takewhile
 from typing import Any, Literal, NamedTuple
 
 from refusalscope.core.types import Response
@@ -120,7 +122,8 @@ class ChatTemplate:
         self._special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         self._bos = tokenizer.bos_token_id
         self._adds_bos = self._bos is not None and tokenizer("a").input_ids[0] == self._bos
-        self._folds_system = self._must_fold()
+        self._folds_system = not self._takes_system()
+        self._check_system()
         self._marks = self._reasoning_marks()
         self._frames = {thinking: self._frame(thinking) for thinking in dict.fromkeys(("off", self.style.thinking))}
         self.end_of_turn = self._end_of_turn()
@@ -138,6 +141,31 @@ class ChatTemplate:
         else:
             encoded = self._encode_whole(rendered, len(header), len(header) + len(instruction))
         return self._with_one_bos(encoded)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of text outside any chat, special tokens in it taken as plain; after BOS where chats open with it."""
+        return [*self.opening, *self._ids(text, plain=True)]
+
+    def encode_rendered(self, chat: str) -> list[int]:
+        """Ids of a chat that `render` wrote, or of its beginning: one BOS opens it, or none where chats have none."""
+        ids = self._ids(chat, plain=False)
+        return [*self.opening, *dropwhile(lambda token: token in self.opening, ids)]
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, thinking: Thinking = "off") -> str:
+        """Any chat (`role`, `content`) as the template writes it, up to and including the generation prompt.
+
+        A system message stands in place of the style's and goes where that would; a last message of the assistant's is
+        left open, to be gone on with. Raises ValueError, one line, when the template does not take such a chat.
+        """
+        begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+        chat = [dict(message) for message in (messages[:-1] if begun else messages)]
+        system = chat.pop(0)["content"] if chat[0]["role"] == "system" else self.style.system
+        try:
+            rendered = self._apply(self._with_system(chat, system), thinking=thinking)
+        except Exception as error:  # jinja2's own errors, which cannot be named here
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"the chat template of {self.name} does not take the turns {roles}: {error}") from error
+        return rendered + self._frames[thinking].appended + begun
 
     def encode_response(self, text: str, end: int | None) -> list[int]:
         """Ids of an answer, special tokens in it taken as plain text, closed by the token `end` if given."""
@@ -182,28 +210,34 @@ class ChatTemplate:
         )
 
     def _chat(self, text: str) -> list[dict[str, str]]:
-        system = self.style.system
+        return self._with_system([{"role": "user", "content": text}], self.style.system)
+
+    def _with_system(self, chat: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
         if system is None or (self._folds_system and not system):
-            return [{"role": "user", "content": text}]
+            return chat
         if self._folds_system:
-            return [{"role": "user", "content": f"{system}\n\n{text}"}]
-        return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+            return [{**chat[0], "content": f"{system}\n\n{chat[0]['content']}"}, *chat[1:]]
+        return [{"role": "system", "content": system}, *chat]
 
     def _render(self, text: str, thinking: Thinking) -> str:
         return self._apply(self._chat(text), thinking=thinking)
 
-    def _must_fold(self) -> bool:
-        """Whether the template refuses a system prompt, or silently drops it."""
-        system = self.style.system
-        if system is None:
-            return False
-        if found := [token for token in self._special if token in system]:
+    def _check_system(self) -> None:
+        if found := [token for token in self._special if token in (self.style.system or "")]:
             raise ValueError(f"the system prompt holds {found[0]!r}, a special token of {self.name}: leave it out")
+
+    def _takes_system(self) -> bool:
+        """Whether the template neither refuses a system prompt nor silently drops it."""
         try:
             shown = self._apply([{"role": "system", "content": SYSTEM_SENTINEL}, {"role": "user", "content": SENTINEL}])
         except Exception:  # jinja2's own errors, which cannot be named here: this file does without jinja2
-            return True
-        return SYSTEM_SENTINEL not in shown
+            return False
+        return SYSTEM_SENTINEL in shown
+
+    @cached_property
+    def opening(self) -> list[int]:
+        """BOS, where chats open with it."""
+        return [token for token in self.encode(SENTINEL).ids[:1] if token == self._bos]
 
     def _split_rendered(self, thinking: Thinking) -> tuple[str, str]:
         try:

@@ -106,6 +106,28 @@ def needed_features(intervention: Intervention | None) -> dict[int, list[int]]:
     return layers_of(_sets(intervention))
 
 
+def needs_chat(intervention: Intervention | None) -> bool:
+    """Whether an intervention must know the prompt of a row or the role of a position, as no harness does.
+
+    True for `HoldFeatures`, for sets chosen per prompt, and for several together where one of them is such.
+    """
+    if isinstance(intervention, Together):
+        return any(needs_chat(part) for part in intervention.parts)
+    return isinstance(intervention, HoldFeatures) or (
+        isinstance(intervention, ScaleFeatures | SetFeatures) and not isinstance(intervention.features, FeatureSet)
+    )
+
+
+def check_everywhere(intervention: Intervention | None) -> None:
+    """Raise ValueError, one line, unless the intervention is the same at every position of every prompt."""
+    if needs_chat(intervention):
+        raise ValueError(
+            "features held at what they were on a prompt, and sets chosen per prompt, need to know prompts and roles: "
+            "where an evaluation harness or plain text calls the model, remove or add a direction, or scale or set one "
+            "set of features"
+        )
+
+
 def _sets(intervention: Intervention | None) -> list[FeatureSet]:
     if isinstance(intervention, Together):
         return [chosen for part in intervention.parts for chosen in _sets(part)]

@@ -144,6 +144,12 @@ class Job:
     def _size(self, stage: str) -> int:
         return int(self.derived.get("batch_sizes", {}).get(stage, self.derived["batch_size"]))
 
+    def resize(self, stage: str, size: int) -> None:
+        """From now on take batches of `size` prompts in a stage of this run."""
+        self.derived = {**self.derived, "batch_sizes": {**self.derived.get("batch_sizes", {}), stage: size}}
+        if self._recorded is not None:
+            self._record()
+
     def run(self, chain: "Callable[[Job], T]") -> T:
         """`chain(job)`, and again with a smaller batch in the stage that ran out of memory.
 
@@ -167,10 +173,7 @@ class Job:
                 f"out of memory in the stage {self._stage!r} with one prompt per batch: "
                 "leave out long prompts, lower --max-new-tokens or choose another --device"
             )
-        sizes = {**self.derived.get("batch_sizes", {}), self._stage: half}
-        self.derived = {**self.derived, "batch_sizes": sizes}
-        if self._recorded is not None:
-            self._record()
+        self.resize(self._stage, half)
         return half
 
     def in_batches(

@@ -9,7 +9,7 @@ from typing import Any
 from refusalscope import __version__
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store, to_json
-from refusalscope.core.types import Finding, Prompts, Responses, SaeSlice
+from refusalscope.core.types import Direction, FeatureSet, Finding, Prompts, Responses, SaeSlice
 from refusalscope.evals import capability, rules
 from refusalscope.mechanism.interventions import needed_features
 from refusalscope.pipeline.environment import versions
@@ -168,22 +168,31 @@ def _strengths(
 
     The factors are written to `features/strengths.json`; random draws take that of the set they are matched with.
     """
-    arms, tried = benchmark.direction_arms(fitted.direction), [judged(validation, benchmark.BASE)]
+    tried = [judged(validation, benchmark.BASE)]
     fixed = [name for name in chosen.sets if not name.startswith("random-")]
     factors: dict[str, float] = {}
     for done, name in enumerate(fixed):
         job.progress("choosing strengths on validation prompts", done, len(fixed))
         by_factor = {c: judged(validation, benchmark.scale_arm(chosen.sets[name], c)) for c in job.factors}
         tried += by_factor.values()
-        best = benchmark.choose_factor(by_factor)
-        arms.append(benchmark.scale_arm(chosen.sets[name], best))
-        size = name.partition("-k")[2]
-        if size not in {other.partition("-k")[2] for other in factors}:
-            drawn = [other for other in chosen.sets if other.startswith("random-") and other.partition("-k")[2] == size]
-            arms += [benchmark.scale_arm(chosen.sets[other], best, draw=_draw(other)) for other in drawn]
-        factors[name] = best
+        factors[name] = benchmark.choose_factor(by_factor)
     job.store.keep(STRENGTHS, fingerprint(factors), factors)
-    return arms, tried
+    return arms(fitted.direction, chosen.sets, factors), tried
+
+
+def arms(direction: Direction, sets: Mapping[str, FeatureSet], factors: Mapping[str, float]) -> list[Arm]:
+    """Every arm of the grid: each set at its factor, random draws at that of the first set of their size."""
+    made, sizes = benchmark.direction_arms(direction), set()
+    for name in sets:
+        if name.startswith("random-"):
+            continue
+        made.append(benchmark.scale_arm(sets[name], factors[name]))
+        size = name.partition("-k")[2]
+        if size not in sizes:
+            drawn = [other for other in sets if other.startswith("random-") and other.partition("-k")[2] == size]
+            made += [benchmark.scale_arm(sets[other], factors[name], draw=_draw(other)) for other in drawn]
+        sizes.add(size)
+    return made
 
 
 def _inductions(job: Job, chosen: Chosen) -> list[Arm]:
@@ -208,7 +217,8 @@ def _grid(arms: Sequence[Arm], datasets: Mapping[str, Prompts]) -> Iterator[tupl
                 yield arm, name
 
 
-def _slices(chosen: Chosen, arm: Arm) -> dict[int, SaeSlice]:
+def slices_of(chosen: Chosen, arm: Arm) -> dict[int, SaeSlice]:
+    """What the arm's edit needs of the SAEs."""
     return {layer: chosen.slices[layer].take(wanted) for layer, wanted in needed_features(arm.intervention).items()}
 
 
@@ -231,7 +241,7 @@ def _answers(job: Job, rows: Prompts, arm: Arm, slices: Mapping[int, SaeSlice]) 
 
 
 def _judged(job: Job, fitted: Fitted, chosen: Chosen, rows: Prompts, arm: Arm, *, cut_off_counts: bool) -> Responses:
-    answers = _answers(job, rows, arm, _slices(chosen, arm))
+    answers = _answers(job, rows, arm, slices_of(chosen, arm))
     tokens = fitted.direction.refusal_tokens
     return job.store.get(
         f"responses/{rows.name}/{arm.label}.jsonl",
@@ -242,12 +252,12 @@ def _judged(job: Job, fitted: Fitted, chosen: Chosen, rows: Prompts, arm: Arm, *
 
 
 def _cost(job: Job, chosen: Chosen, rows: Prompts, unedited: Responses, arm: Arm) -> capability.Cost:
-    slices = _slices(chosen, arm)
+    slices = slices_of(chosen, arm)
     answers = {row.prompt_id: row for row in unedited.rows}
     made = job.in_batches(
         "cost",
         f"costs/{rows.name}/{arm.label}.json",
-        key=job.key("cost", rows, arm, unedited),
+        key=job.key("cost", rows, arm, unedited, capability.KL_TOKENS),
         rows=rows,
         kind=dict,
         make=lambda batch: capability.cost(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from refusalscope.core.scores import Attribution, Scores, Trace
+from refusalscope.core.store import Store
 from refusalscope.core.types import Feature, FeatureSet, Prompts, SaeSlice, layers_of
 from refusalscope.inputs.chat import scored
 from refusalscope.mechanism import attribution, features
@@ -55,9 +56,14 @@ def choose_features(job: Job, fitted: Fitted) -> Chosen:
         _make_features(job, fitted, key)
     for scheme in ("sound", "paper", "gradient"):
         job.drop_parts(f"{TRACES}/{scheme}")
-    index = job.store.read("features/index.json", dict)
-    sets = {name: job.store.read(f"features/{name}.json", FeatureSet) for name in index["sets"]}
-    slices = {int(layer): job.store.read(f"slices/layer_{layer}.safetensors", SaeSlice) for layer in index["layers"]}
+    return read_chosen(job.store)
+
+
+def read_chosen(store: Store) -> Chosen:
+    """The sets and slices that a run folder holds. Raises ValueError, one line, when they were not chosen yet."""
+    index = store.read("features/index.json", dict)
+    sets = {name: store.read(f"features/{name}.json", FeatureSet) for name in index["sets"]}
+    slices = {int(layer): store.read(f"slices/layer_{layer}.safetensors", SaeSlice) for layer in index["layers"]}
     return Chosen(sets, slices, index["typical"], tuple(index["notes"]))
 
 

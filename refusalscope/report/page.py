@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
 from refusalscope.core.types import Direction, Finding, Prompts, Responses
-from refusalscope.report import drawing, features, judging, prompts, verdict
+from refusalscope.report import capability, drawing, features, judging, prompts, verdict
 from refusalscope.report.benchmark_plots import COSTS
 from refusalscope.report.drawing import Plot
 from refusalscope.report.examples import examples
@@ -66,6 +66,7 @@ def write(store: Store) -> str:
             examples=examples(benchmark, asked, responses),
             toml=tomli_w.dumps(hide(without_none(about["options"]))),
             provenance=hide(provenance(findings)),
+            capability=capability.cost_table(found["capability"]) if "capability" in found else None,
             **drawn(findings),
             **trusted(findings),
             **judging.section(findings),

@@ -211,9 +211,9 @@ def _with_pooled(costs: Sequence[tuple[Arm, Cost]]) -> dict[tuple[str, str], lis
 def _cost_rows(method: str, setting: str, costs: Sequence[Cost], prompts: Prompts) -> list[Row]:
     cluster = dict(zip(prompts.ids, prompts.clusters, strict=True))
     names = [cluster[prompt] for cost in costs for prompt in cost.prompt_ids]
-    weights = [tokens for cost in costs for tokens in cost.tokens]
     rows = []
     for metric in ("cross_entropy_change", "kl"):
+        weights = [tokens for cost in costs for tokens in cost.weights(metric)]
         values = [value for cost in costs for value in getattr(cost, metric)]
         rows.append(_row(prompts.name, method, metric, setting, stats.mean(values, names, weights=weights)))
     return rows

@@ -1,0 +1,250 @@
+"""What a finished run's edits cost: the harness's tasks, documents, and what the run itself has measured already.
+
+Direction, sets and strengths are those of the run folder; nothing is chosen or answered anew. Each task under each edit
+is one artifact, so a run that was killed goes on at the next.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from refusalscope.core.fingerprint import fingerprint
+from refusalscope.core.types import Direction, Finding, Prompts, Responses
+from refusalscope.evals import capability as costs
+from refusalscope.evals import harness
+from refusalscope.inputs import documents
+from refusalscope.pipeline import options as run_options
+from refusalscope.pipeline.environment import versions
+from refusalscope.pipeline.job import Job, Progress
+from refusalscope.pipeline.measure import STRENGTHS, arms, keep_finding, slices_of, write_report
+from refusalscope.pipeline.select import Chosen, read_chosen
+from refusalscope.studies import capability as study
+from refusalscope.studies.benchmark import BASE, Arm
+
+STAGE = "capability"
+DOCUMENTS, DOCUMENT_COSTS = "documents.jsonl", "costs/documents"
+Settings = dict[str, Any]
+"""What two edits must have in common to be compared."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be measured."""
+
+    tasks: tuple[str, ...] = ()
+    methods: tuple[str, ...] | None = None
+    """Methods or single edits of the run; None: all but random ones."""
+    limit: int | None = None
+    """Documents of each task, from its first; None: all."""
+    num_fewshot: int | None = None
+    include_path: Path | None = None
+    documents: str | None = None
+
+
+class Standing(NamedTuple):
+    """What a run folder holds of its edits."""
+
+    chosen: Chosen
+    arms: list[Arm]
+    """The unedited model first."""
+
+
+def reopened(folder: Path, progress: Progress = lambda *_: None) -> Job:
+    """The job of a run folder, with the options that made it. Raises ValueError, one line, where there is none."""
+    if not (folder / run_options.RUN_FILE).is_file():
+        raise ValueError(f"{folder} is no run folder: make one with `refusalscope run MODEL`")
+    return Job(run_options.make({}, folder / run_options.RUN_FILE), folder, progress)
+
+
+def run_capability(job: Job, wanted: Wanted) -> str:
+    """Measure what is wanted, write the finding, and the report anew if there is one; returns the path of either."""
+    standing = read_standing(job)
+    chosen = wanted_arms(standing.arms, wanted.methods)
+    texts = None if wanted.documents is None else documents.source(wanted.documents)
+    _measure_tasks(job, standing, chosen, wanted)
+    if texts is not None:
+        _measure_documents(job, standing, chosen, texts)
+    summarise(job, standing, chosen)
+    return write_report(job.store) if (job.store.root / "report.html").is_file() else "findings/capability.json"
+
+
+def read_standing(job: Job) -> Standing:
+    """The run's edits at its own strengths. Raises ValueError, one line, when it has not come so far."""
+    for path in ("direction.safetensors", "features/index.json", STRENGTHS):
+        if not (job.store.root / path).is_file():
+            raise ValueError(
+                f"{job.store.root} has no {path} yet: let `refusalscope benchmark` or `refusalscope run` go on there "
+                "with the same options first"
+            )
+    chosen = read_chosen(job.store)
+    factors = job.store.read(STRENGTHS, dict)
+    return Standing(chosen, [BASE, *arms(job.store.read("direction.safetensors", Direction), chosen.sets, factors)])
+
+
+def wanted_arms(known: Sequence[Arm], methods: Sequence[str] | None) -> list[Arm]:
+    """The arms of these methods, or of these labels, in the run's order; the unedited model is always among them.
+
+    Raises ValueError, one line that says what there is, for a name that the run does not know.
+    """
+    names = dict.fromkeys(arm.method for arm in known)
+    if methods is None:
+        return [arm for arm in known if arm.method != "random"]
+    labels = {arm.label for arm in known}
+    if unknown := [name for name in methods if name not in names and name not in labels]:
+        raise ValueError(
+            f"--methods {unknown[0]!r}: this run has {', '.join(names)}; of several edits of one method name one as in "
+            f"{max(labels)!r}"
+        )
+    return [arm for arm in known if arm is BASE or arm.method in methods or arm.label in methods]
+
+
+def summarise(job: Job, standing: Standing, chosen: Sequence[Arm]) -> Finding:
+    """The finding on all that the folder holds of these edits, and of those that were measured before."""
+    tasks = _comparable(job, standing, [path.rpartition("/")[0] for path in job.store.paths(STAGE, ".json")])
+    texts = _comparable(job, standing, [DOCUMENT_COSTS])
+    shown = {arm.label for arm in chosen} | {arm.label for arm, _ in (*tasks, *texts)}
+    edits = [arm for arm in standing.arms if arm.label in shown]
+    measures = [one for arm, made in tasks for one in study.of_task(arm.method, arm.setting, made)]
+    measures += [study.of_documents(arm.method, arm.setting, costs.DocumentCost(**made["cost"])) for arm, made in texts]
+    measures += _own_answers(job, edits)
+    measures += _refusals(job, edits)
+    settings = {made["task"]: made["settings"] for _, made in tasks}
+    if texts:
+        settings["documents"] = texts[0][1]["settings"]
+    return keep_finding(
+        job,
+        study.summarise(
+            measures,
+            caveats=_caveats(tasks),
+            provenance={
+                "model": job.target.name,
+                "model_and_saes": job.target.identity,
+                "chat": job.derived["chat"],
+                "direction": fingerprint(job.store.read("direction.safetensors", Direction)),
+                "features": {name: fingerprint(made) for name, made in standing.chosen.sets.items()},
+                "settings": settings,
+                "versions": versions(),
+            },
+        ),
+    )
+
+
+def _measure_tasks(job: Job, standing: Standing, chosen: Sequence[Arm], wanted: Wanted) -> None:
+    if not wanted.tasks:
+        return
+    settings = {
+        "limit": wanted.limit,
+        "num_fewshot": wanted.num_fewshot,
+        "task_files": harness.digest(wanted.include_path),
+        "lm_eval": harness.package_version(),
+    }
+    tasks = harness.load(wanted.tasks, include_path=wanted.include_path, num_fewshot=wanted.num_fewshot)
+    for task in tasks:
+        for arm in chosen:
+            job.store.ensure(
+                f"{STAGE}/{task.name.replace('/', '-')}/{arm.label}.json",
+                job.key(STAGE, arm, task.name, settings),
+                partial(_measure_task, job, standing, task, arm, settings),
+            )
+
+
+def _measure_task(job: Job, standing: Standing, task: harness.Task, arm: Arm, settings: Settings) -> dict[str, Any]:
+    made = harness.measure(
+        job.model,
+        task,
+        arm.intervention,
+        slices=slices_of(standing.chosen, arm),
+        batch_size=job.size(STAGE),
+        limit=settings["limit"],
+        progress=lambda step, done, total: job.progress(f"{task.name} under {arm.label}: {step}", done, total),
+    )
+    return {**made, "settings": settings}
+
+
+def _measure_documents(job: Job, standing: Standing, chosen: Sequence[Arm], source: Path | documents.HubColumn) -> None:
+    # Kept in the folder: a data set of the hub is fetched once, whatever is measured on it later.
+    key = fingerprint("documents", documents.identity(source))
+    rows = job.store.get(DOCUMENTS, key, Prompts, lambda: documents.read(source))
+    settings = {"source": rows[0].source, "count": len(rows), "key": key, "tokens": costs.DOCUMENT_TOKENS}
+    for done, arm in enumerate(chosen):
+        job.progress(f"cross-entropy of documents: {arm.label}", done, len(chosen))
+        job.in_batches(
+            STAGE,
+            f"{DOCUMENT_COSTS}/{arm.label}.json",
+            key=job.key(STAGE, "documents", arm, settings),
+            rows=rows,
+            kind=dict,
+            make=partial(_measure_batch, job, standing, arm, settings),
+            join=_joined,
+        )
+
+
+def _measure_batch(job: Job, standing: Standing, arm: Arm, settings: Settings, batch: Prompts) -> dict[str, Any]:
+    slices, size = slices_of(standing.chosen, arm), job.size(STAGE)
+    cost = costs.document_cost(job.model, batch, arm.intervention, slices=slices, batch_size=size)
+    return {"settings": settings, "cost": cost._asdict()}
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    cost = costs.joined([costs.DocumentCost(**part["cost"]) for part in parts])
+    return {**parts[0], "cost": cost._asdict()}
+
+
+def _comparable(job: Job, standing: Standing, folders: Iterable[str]) -> list[tuple[Arm, dict[str, Any]]]:
+    """What stands in these folders, by arm, where it was made under the settings of the unedited model's last time."""
+    found = []
+    for folder in dict.fromkeys(folders):
+        paths = {arm.label: f"{folder}/{arm.label}.json" for arm in standing.arms}
+        here = set(job.store.paths(folder, ".json"))
+        made = [(arm, job.store.read(paths[arm.label], dict)) for arm in standing.arms if paths[arm.label] in here]
+        settings = [one["settings"] for arm, one in made if arm is BASE]
+        found += [(arm, one) for arm, one in made if one["settings"] in settings]
+    return found
+
+
+def _own_answers(job: Job, edits: Sequence[Arm]) -> list[study.Measure]:
+    """Costs that the run measured on its own harmless answers; none where it was made by an older version."""
+    made = []
+    for name, rows in _prompts(job).items():
+        paths = {arm.label: f"costs/{name}/{arm.label}.json" for arm in edits}
+        here = set(job.store.paths(f"costs/{name}", ".json"))
+        found = [(arm, job.store.read(paths[arm.label], dict)) for arm in edits if paths[arm.label] in here]
+        usable = [
+            (arm.method, arm.setting, costs.Cost(**cost)) for arm, cost in found if set(cost) == set(costs.Cost._fields)
+        ]
+        made += study.of_costs(usable, rows)
+    return made
+
+
+def _refusals(job: Job, edits: Sequence[Arm]) -> list[study.Measure]:
+    """Who refuses what, on the prompts that should not be refused."""
+    made = []
+    for name, rows in _prompts(job).items():
+        here = set(job.store.paths(f"responses/{name}", ".jsonl"))
+        for arm in edits:
+            path = f"responses/{name}/{arm.label}.jsonl"
+            if rows[0].label != "harmful" and path in here:
+                made.append(study.of_responses(job.store.read(path, Responses), rows))
+    return made
+
+
+def _prompts(job: Job) -> dict[str, Prompts]:
+    read = [job.store.read(path, Prompts) for path in job.store.paths("prompts", ".jsonl")]
+    return {rows.name: rows for rows in read if len(rows)}
+
+
+def _caveats(tasks: Sequence[tuple[Arm, Mapping[str, Any]]]) -> list[str]:
+    notes = []
+    for _, made in tasks:
+        if left := ", ".join(made["left_out"]):
+            notes.append(
+                f"Of the task {made['task']} these metrics have no value per document and are left out: {left}."
+            )
+        if made["shortened"]:
+            notes.append(
+                f"Of the task {made['task']} {made['shortened']} requests lost their beginning: they are longer than "
+                "the model's context."
+            )
+    return list(dict.fromkeys(notes))
