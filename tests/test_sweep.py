@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from refusalscope.core.store import Store
-from refusalscope.core.types import FeatureSet, Finding, Prompt, Prompts, Responses
+from refusalscope.core.types import Direction, FeatureSet, Finding, Prompt, Prompts, Responses
 from refusalscope.inputs import prompts
 from refusalscope.pipeline import options as run_options
 from refusalscope.report import plots, strength
@@ -18,7 +18,8 @@ from refusalscope.studies.sweep import Candidate
 from tests.sample_run import rate
 from tests.test_run import _bytes, invoke
 
-SMALL = ["--limit", "16", "--max-new-tokens", "24", "--sizes", "4,8", "--factor", "0", "--factor", "-1", "--value", "6"]
+SMALL = ["--limit", "16", "--max-new-tokens", "12", "--best-layer", "6", "--sizes", "4,8", "--value", "6"]
+SMALL += ["--factor", "0", "--factor", "-1"]
 CLUSTERS = [str(i) for i in range(100)]
 
 
@@ -170,26 +171,15 @@ def test_a_run_uses_exactly_the_chosen_cell(swept: Path, tmp_path: Path) -> None
     setting = Store(swept).read("findings/sweep.json", Finding).provenance["chosen"]["scale"]["setting"]
     assert setting == f"scale c={told['factors'][0]:g} k={told['k']}"
     assert told["methods"] == ["cosine+attribution", "random"]
-    assert (told["limit"], told["max_new_tokens"], "sizes" in told) == (16, 24, False)
+    assert (told["limit"], told["best_layer"], "sizes" in told) == (16, 6, False)
     assert chosen.startswith("# Most harmful-validation prompts are answered coherently at ")
-    arguments = [
-        "--config",
-        str(swept / "chosen.toml"),
-        "--runs",
-        str(tmp_path),
-        "--dataset",
-        "harmful",
-        "--value",
-        "6",
-    ]
-    code, _, err = invoke("benchmark", *arguments)
+    config = ["--config", str(swept / "chosen.toml"), "--runs", str(tmp_path)]
+    code, _, err = invoke("features", *config)
     assert code == 0, err
     run, was = Store(tmp_path / "testbed"), Store(swept)
-    assert run.read("features/strengths.json", dict) == {"cosine+attribution": told["factors"][0]}
     largest = was.read("features/cosine+attribution-k8.json", FeatureSet)
     assert run.read("features/cosine+attribution.json", FeatureSet) == largest.top(told["k"])
-    path = f"responses/harmful-validation/cosine+attribution {setting}.jsonl"
-    assert run.read(path, Responses) == was.read(path, Responses)
+    assert run.read("direction.safetensors", Direction).scores == was.read("direction.safetensors", Direction).scores
 
 
 @pytest.fixture
@@ -226,7 +216,5 @@ def test_the_words_say_where_the_best_lies_and_what_was_chosen(drawn: Finding) -
     first, second, third = strength.sentences(drawn)
     assert "at c = −1, k = 20: 98.0%" in first
     assert "this factor lies inside the range tried" in first
-    assert second.startswith(
-        "Chosen is c = −1, k = 10, the cheapest by KL divergence of the 2 of the 6 strengths tried"
-    )
+    assert second.startswith("Chosen is c = −1, k = 10, the cheapest by KL divergence of the 2 strengths, of 6 tried,")
     assert third.startswith("No value tried makes the model refuse")

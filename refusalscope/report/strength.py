@@ -47,7 +47,7 @@ def _scaling(finding: Finding, cells: Mapping[str, Mapping[str, Row]]) -> list[s
         f"{_rate(best['answered'])} (n = {best['answered'].n}; unedited {_rate(base)}), at a KL divergence of "
         f"{_plain(best['kl'])} nats per token on harmless answers; {_place(found['best'], tried)}."
     )
-    near = f"{len(found['near'])} of the {len(tried)} strengths tried"
+    near = f"{len(found['near'])} strengths, of {len(tried)} tried,"
     if found["setting"] == found["best"]:
         return [said, f"It is chosen: the cheapest by KL divergence of the {near} that are not discernibly worse."]
     return [
@@ -83,7 +83,9 @@ def _rate(row: Row | None) -> str:
 
 
 def _plain(row: Row) -> str:
-    return f"{number(row)} {interval(row)}"
+    if row.estimate is None or row.low is None or row.high is None:
+        return "an unmeasured number of"
+    return f"{row.estimate:.2g} [{row.low:.2g}, {row.high:.2g}]".replace("-", "−")
 
 
 def tables(finding: Finding) -> dict[str, Table]:

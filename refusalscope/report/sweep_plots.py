@@ -122,8 +122,8 @@ def _pareto(finding: Finding, cells: list[Strength]) -> Plot | None:
     }
     if not shown:
         return None
-    figure, (axes,) = panels([2.7], left=0.62, top=0.92, bottom=0.5)
     factors = sorted({cell.c for cell in shown.values()}, reverse=True)
+    figure, (axes,) = panels([2.7], left=0.62, top=0.74 + 0.2 * (len(factors) > 3), bottom=0.5)
     styles = {c: (_shade(at, len(factors)), MARKERS[at % len(MARKERS)]) for at, c in enumerate(factors)}
     front = study.pareto({name: (_estimate(c.rows["answered"]), _estimate(c.rows["kl"])) for name, c in shown.items()})
     joined = [(_estimate(shown[name].rows["kl"]), _estimate(shown[name].rows["answered"])) for name in front]
