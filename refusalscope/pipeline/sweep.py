@@ -69,8 +69,8 @@ def write_choice(job: Job) -> None:
     found = finding.provenance["chosen"]
     scale = factor(found["scale"]["setting"]) if "scale" in found else None
     if scale is None:
-        raise ValueError(f"nothing to choose: {finding.caveats[-1]} Try other --factor and --sizes")
-    shared = job.options.model_dump(mode="json", exclude_defaults=True, exclude={"sizes", "values"})
+        raise ValueError(f"{strength.sentences(finding)[0]} There is nothing to choose: try other --factor or --sizes")
+    shared = job.options.model_dump(mode="json", exclude_defaults=True, exclude={"sizes"})
     asked = {"k": int(scale[1]), "factors": [scale[0]], "methods": [job.options.wanted_methods[0], "random"]}
     value = value_set(found["set"]["setting"]) if "set" in found else None
     options: dict[str, Any] = {"model": job.options.model, **shared, **asked}

@@ -206,13 +206,15 @@ def _induced(finding: Finding) -> Plot | None:
     share_axis(axes.yaxis)
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("value v that every feature of the set is held at")
-    if (taken := chosen(finding, "set")) and (found := value_set(taken)):
-        axes.axvline(found[0], color=INK, linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
+    taken = value_set(chosen(finding, "set") or "")
+    if taken is not None:
+        axes.axvline(taken[0], color=INK, linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
     row = points["refused"][0][1]
     title(figure, f"refusal induced on {row.dataset}")
     legend(figure, {("both" if name == study.JOINT else name): style for name, style in INDUCED.items()})
     return Plot(
         f"Share of {row.dataset} prompts (n = {row.n}) refused, of answers coherent, and of both at once, against "
-        f"the value v that the features are set to, with 95% intervals; the dashed line marks the value chosen.",
+        f"the value v that the features are set to, with 95% intervals"
+        f"{'; the dashed line marks the value chosen' if taken is not None else ''}.",
         figure,
     )
