@@ -34,8 +34,8 @@ def run_sweep(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
     base = {rows.name: judged(rows, benchmark.BASE) for rows in (harmful, harmless)}
     sets = _sets(job.options, chosen)
     main = chosen.sets[(name := job.options.wanted_methods[0])]
-    tried = [(harmful, made, c, benchmark.scale_arm(made, c)) for made in sets for c in job.factors]
-    tried += [(harmless, main, v, benchmark.set_arm(main, v)) for v in job.values(chosen.typical[name])]
+    tried = [(harmful, made, c, benchmark.scale_arm(made, c)) for made in sets for c in dict.fromkeys(job.factors)]
+    tried += [(harmless, main, v, benchmark.set_arm(main, v)) for v in dict.fromkeys(job.values(chosen.typical[name]))]
     cells: dict[str, list[Cell]] = {harmful.name: [], harmless.name: []}
     for done, (rows, made, amount, arm) in enumerate(tried):
         job.progress(f"sweep: {arm.label}", done, len(tried))
