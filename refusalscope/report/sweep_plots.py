@@ -182,7 +182,7 @@ def _cross(axes: Axes, cell: Strength, colour: str, marker: str, *, bold: bool) 
         [x], [y], marker, color=colour, markerfacecolor=fill, markersize=5.5, alpha=shade, clip_on=False, zorder=3
     )
     if bold:
-        axes.annotate(str(cell.k), (x, y), (7, 6), textcoords="offset points", fontsize=8.5)
+        axes.annotate(str(cell.k), (x, y), (5, -11), textcoords="offset points", fontsize=8.5)
 
 
 def _induced(finding: Finding) -> Plot | None:
