@@ -80,6 +80,11 @@ Protocol = Annotated[
 ]
 Full = Annotated[bool | None, typer.Option("--full", help="The testbed's whole grid; more sets, sizes and draws.")]
 SetSize = Annotated[int | None, typer.Option("--k", help="Features per set, K*. (default: 20)")]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option("--sizes", help="Set sizes K*: 10,20 or 10-15; repeatable. (default: 10,20,30,40,50)"),
+]
+Choose = Annotated[bool, typer.Option("--choose", help="Write the best strength to chosen.toml, for run --config.")]
 Method = Annotated[
     list[str] | None,
     typer.Option("--method", help="A feature set to make: see the docs for the six; repeatable. (default: three)"),
@@ -162,8 +167,27 @@ def verify_chain(job: "Job") -> str:
     return measure.write_report(job.store)
 
 
+def sweep_chain(job: "Job") -> str:
+    """Every set size and factor on validation prompts."""
+    from refusalscope.pipeline import fit, measure, select, sweep
+
+    fitted = fit.fit(job)
+    sweep.run_sweep(job, fitted, select.choose_features(job, fitted))
+    measure.describe_run(job, fitted)
+    return measure.write_report(job.store)
+
+
+def choosing_chain(job: "Job") -> str:
+    """As `sweep`, and the chosen strength becomes options for a run."""
+    from refusalscope.pipeline import sweep
+
+    page = sweep_chain(job)
+    sweep.write_choice(job)
+    return page
+
+
 def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
-    """A command that drives one chain; all chains take the same options and share run folders."""
+    """A command that drives one chain; all chains take the same options, a sweep two more, and share run folders."""
 
     def command(
         model: Model = None,
@@ -207,16 +231,29 @@ def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
         judge_template: JudgeTemplate = None,
         judge_engine: JudgeEngine = None,
         judge_question: JudgeQuestion = None,
+        sizes: Sizes = None,
+        choose: Choose = False,
     ) -> None:
         said = {key: value for key, value in locals().items() if value is not None}
         given = {key: value for key, value in said.items() if key in OPTION_NAMES}
         with one_clear_line(), progress_bar() as progress:
             # A batch size and a type of numbers are meant for the studied model.
             how = {key: said[key] for key in (*JUDGE_OPTIONS, "device") if key in said}
-            drive(chain, given, folder=(name, runs), config=config, progress=progress, judging=how)
+            driven = choosing_chain if choose else chain
+            drive(
+                driven,
+                given,
+                folder=(name, runs),
+                config=config,
+                progress=progress,
+                judging=how,
+                sweeps=verb == "sweep",
+            )
 
     if verb not in JUDGED:
         hide(command, JUDGE_OPTIONS)
+    if verb != "sweep":
+        hide(command, SWEEP_OPTIONS)
     app.command(verb, help=text)(command)
 
 
@@ -227,6 +264,7 @@ def hide(command: Callable[..., None], names: Iterable[str]) -> None:
     vars(command)["__signature__"] = whole.replace(parameters=kept)
 
 
+SWEEP_OPTIONS = ("sizes", "choose")
 JUDGED = ("run", "benchmark")
 """Verbs that answer, so that there is something to judge."""
 JUDGE_OPTIONS = frozenset(
@@ -237,13 +275,16 @@ OPTION_NAMES = frozenset(
         *("model", "saes", "sae_release", "sae_id", "layers", "prompts", "columns", "label", "limit", "datasets"),
         *("protocol", "full", "k", "methods", "draws", "factors", "values", "refusal_token", "best_layer"),
         *("keep_unrefused", "system", "thinking", "chat_template", "max_new_tokens", "batch_size", "device"),
-        *("device_map", "dtype", "quantize", "trust_remote_code", "seed"),
+        *("device_map", "dtype", "quantize", "trust_remote_code", "seed", "sizes"),
     )
 )
 add_verb("run", run_chain, "Find the features behind refusal, edit them, measure what changes, write the report.")
 add_verb("features", features_chain, "Only find the direction and the feature sets.")
 add_verb("verify", verify_chain, "Check on this model that attributions are computed right and predict interventions.")
 add_verb("benchmark", benchmark_chain, "As run, without the report.")
+add_verb(
+    "sweep", sweep_chain, "Try set sizes and strengths on validation prompts: refusal, coherence and cost of each."
+)
 
 
 def drive(
@@ -254,6 +295,7 @@ def drive(
     config: Path | None,
     progress: Callable[[str, int, int], None],
     judging: dict[str, Any],
+    sweeps: bool = False,
 ) -> None:
     """Make the options and the job, run the chain, have the answers judged, print where the result lies."""
     from transformers.utils import logging as transformers_logging
@@ -264,14 +306,17 @@ def drive(
     if "columns" in values:
         values["columns"] = parse_columns(values["columns"])
     if "layers" in values:
-        values["layers"] = parse_layers(values["layers"])
-    made = options.make(values, config)
+        values["layers"] = parse_numbers("--layers", values["layers"])
+    if "sizes" in values:
+        values["sizes"] = parse_numbers("--sizes", values["sizes"])
+    made = options.make(values, config, defaults=options.SWEEP if sweeps else {})
     names, settings = judge.asked(judging.get("judges", ())), judge_settings(judging)
     judge.check(names, settings)
     # Its bars for loading weights would run into ours.
     transformers_logging.disable_progress_bar()
     name, runs = folder
-    with closing(Job(made, runs / (name or Path(made.model).resolve().name), progress)) as job:
+    called = Path(made.model).resolve().name + ("-sweep" if sweeps else "")
+    with closing(Job(made, runs / (name or called), progress)) as job:
         path = job.run(chain)
         if names:
             job.release()
@@ -314,15 +359,15 @@ def parse_columns(text: str) -> dict[str, str]:
     return {key.strip(): own.strip() for key, _, own in pairs}
 
 
-def parse_layers(parts: list[str]) -> list[int]:
-    """`["3,7", "9-11"]` as layers 3, 7, 9, 10, 11. Raises ValueError for anything else."""
-    layers: set[int] = set()
+def parse_numbers(flag: str, parts: list[str]) -> list[int]:
+    """`["3,7", "9-11"]` as 3, 7, 9, 10, 11. Raises ValueError for anything else."""
+    numbers: set[int] = set()
     for part in ",".join(parts).split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"--layers {part!r}: write layers as 9, or 3,7, or 3-7")
-        layers.update(range(int(first), int(last or first) + 1))
-    return sorted(layers)
+            raise ValueError(f"{flag} {part!r}: write {flag.removeprefix('--')} as 9, or 3,7, or 3-7")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return sorted(numbers)
 
 
 @app.command()

@@ -7,7 +7,7 @@ evaluation set holds is taken out of validation, and what either holds is taken 
 import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -31,6 +31,8 @@ class PromptSets:
     evaluation: Mapping[str, Prompts]
     notes: tuple[str, ...] = ()
     """What a reader should know about how the sets were made."""
+    validation: Mapping[str, Prompts] = field(default_factory=dict)
+    """The validation sets of `fitting` with more prompts behind them, where strengths are swept; else empty."""
 
 
 def from_testbed(*, count: int, full: bool, train: int = TRAIN_COUNT, validation: int = VALIDATION_COUNT) -> PromptSets:
@@ -63,7 +65,9 @@ def _grammar(dataset: str, split: str, count: int) -> Prompts:
     return Prompts(name, tuple(rows))
 
 
-def from_refusal_direction(folder: Path, *, count: int, published_draw: bool = False) -> PromptSets:
+def from_refusal_direction(
+    folder: Path, *, count: int, published_draw: bool = False, validation: int = VALIDATION_COUNT
+) -> PromptSets:
     """The folder of Arditi et al. 2024: fitted on `splits`, evaluated on the published benchmark sets.
 
     `published_draw` takes for harmless train prompts the very 128 of the published code, overlaps left in.
@@ -82,8 +86,8 @@ def from_refusal_direction(folder: Path, *, count: int, published_draw: bool = F
     fitting = {
         "harmful-train": take("splits/harmful_train", "harmful-train", "harmful", 2 * TRAIN_COUNT),
         "harmless-train": take("splits/harmless_train", "harmless-train", "harmless", TRAIN_COUNT),
-        "harmful-validation": take("splits/harmful_val", "harmful-validation", "harmful", VALIDATION_COUNT),
-        "harmless-validation": take("splits/harmless_val", "harmless-validation", "harmless", VALIDATION_COUNT),
+        "harmful-validation": take("splits/harmful_val", "harmful-validation", "harmful", validation),
+        "harmless-validation": take("splits/harmless_val", "harmless-validation", "harmless", validation),
     }
     evaluation = {name: take(f"processed/{name}", name, "harmful", count) for name in BENCHMARKS}
     evaluation["harmless"] = take("splits/harmless_test", "harmless", "harmless", count)
@@ -132,7 +136,9 @@ def for_paper(sets: PromptSets) -> PromptSets:
     return replace(sets, fitting={**sets.fitting, "harmful-train": fitted}, notes=(note, *sets.notes))
 
 
-def from_file(path: Path, *, columns: Mapping[str, str], label: Label, count: int) -> PromptSets:
+def from_file(
+    path: Path, *, columns: Mapping[str, str], label: Label, count: int, validation: int = VALIDATION_COUNT
+) -> PromptSets:
     """A user's CSV, JSONL or JSON. `columns` maps text, label and category to the file's column names.
 
     Without a label column every prompt carries `label`. A file with at least 48 prompts of either class is split by a
@@ -145,8 +151,8 @@ def from_file(path: Path, *, columns: Mapping[str, str], label: Label, count: in
     fitting: dict[str, Prompts] = {}
     if min(len(by_label["harmful"]), len(by_label["harmless"])) >= 48:
         for name in ("harmful", "harmless"):
-            train, validation, by_label[name] = _hash_split(by_label[name])
-            fitting |= {f"{name}-train": train, f"{name}-validation": validation}
+            train, held, by_label[name] = _hash_split(by_label[name], validation)
+            fitting |= {f"{name}-train": train, f"{name}-validation": held}
     evaluation = {}
     stem = f"{path.stem}-file" if path.stem in FITTING else path.stem
     for name, part in by_label.items():
@@ -194,6 +200,20 @@ def separate(fitting: Mapping[str, Prompts], evaluation: Mapping[str, Prompts]) 
     return PromptSets({name: kept[name] for name in FITTING if name in kept}, evaluation, tuple(notes))
 
 
+def widened(sets: PromptSets, more: Mapping[str, Prompts]) -> PromptSets:
+    """The sets with the prompts of `more` behind those of the same validation set, as far as they stand in no set.
+
+    What is fitted on stays as it is, so that a direction does not depend on how many prompts strengths are swept on.
+    """
+    seen = {normalised(p.text) for rows in (*sets.fitting.values(), *sets.evaluation.values()) for p in rows}
+    made = {}
+    for name, rows in sets.fitting.items():
+        if name.endswith("validation"):
+            added = (p for p in more[name] if normalised(p.text) not in seen)
+            made[name] = replace(rows, rows=(*rows.rows, *added))
+    return replace(sets, validation=made)
+
+
 def without(sets: PromptSets, left_out: Mapping[str, Sequence[str]], *, why: str) -> PromptSets:
     """The sets without these prompts (ids by data set), each loss noted; an evaluation set that loses all is gone.
 
@@ -205,13 +225,13 @@ def without(sets: PromptSets, left_out: Mapping[str, Sequence[str]], *, why: str
 
     notes = [
         f"{len(left_out[name])} of {len(rows)} {name} prompts are {why}: left out."
-        for name, rows in {**sets.fitting, **sets.evaluation}.items()
+        for name, rows in {**sets.fitting, **sets.validation, **sets.evaluation}.items()
         if left_out.get(name)
     ]
     evaluation = {name: rows for name, rows in keep(sets.evaluation).items() if len(rows)}
     if not evaluation:
         raise ValueError(f"no prompt is left to answer: {' '.join(notes)}")
-    return PromptSets(keep(sets.fitting), evaluation, (*sets.notes, *notes))
+    return PromptSets(keep(sets.fitting), evaluation, (*sets.notes, *notes), keep(sets.validation))
 
 
 def normalised(text: str) -> str:
@@ -219,7 +239,7 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _hash_split(prompts: Prompts) -> tuple[Prompts, Prompts, Prompts]:
+def _hash_split(prompts: Prompts, validation: int) -> tuple[Prompts, Prompts, Prompts]:
     order = sorted(prompts, key=lambda p: hashlib.sha256(normalised(p.text).encode()).hexdigest())
     half, rest = len(order) // 2, len(order) * 7 // 10
 
@@ -228,7 +248,7 @@ def _hash_split(prompts: Prompts) -> tuple[Prompts, Prompts, Prompts]:
 
     return (
         part(f"{prompts.name}-train", order[: min(half, TRAIN_COUNT)]),
-        part(f"{prompts.name}-validation", order[half : min(rest, half + VALIDATION_COUNT)]),
+        part(f"{prompts.name}-validation", order[half : min(rest, half + validation)]),
         part(prompts.name, order[rest:]),
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from refusalscope.core.fingerprint import fingerprint
-from refusalscope.core.types import Direction
+from refusalscope.core.types import Direction, Prompts
 from refusalscope.evals import rules
 from refusalscope.inputs import prompts
 from refusalscope.mechanism import direction
@@ -18,6 +18,8 @@ class Fitted:
 
     direction: Direction
     data: FitData
+    validation: Mapping[str, Prompts]
+    """The validation sets by name, in a sweep with more prompts than the direction was chosen on."""
     notes: tuple[str, ...]
 
 
@@ -39,11 +41,16 @@ def fit(job: Job) -> Fitted:
         job.store.put("direction.safetensors", key, found)
         job.store.put("fitting.json", key, {"source": source, "notes": notes})
     how = job.store.read("fitting.json", dict)
-    used = sources[how["source"]].fitting
+    source = sources[how["source"]]
+    used = {**source.fitting, **source.validation}
     for name, rows in {**used, **job.sets.evaluation}.items():
         job.store.keep(f"prompts/{name}.jsonl", fingerprint(rows), rows)
-    data = FitData(*(used[name] for name in prompts.FITTING))
-    return Fitted(job.store.read("direction.safetensors", Direction), data, (*job.sets.notes, *how["notes"]))
+    return Fitted(
+        job.store.read("direction.safetensors", Direction),
+        FitData(*(source.fitting[name] for name in prompts.FITTING)),
+        {name: rows for name, rows in used.items() if name.endswith("validation")},
+        (*job.sets.notes, *how["notes"]),
+    )
 
 
 def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Direction, str, list[str]]:

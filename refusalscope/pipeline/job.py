@@ -261,7 +261,7 @@ class Job:
                 f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt: {self.target.name} has a context "
                 f"of {context} tokens"
             )
-        sets = {**self._given.fitting, **self._given.evaluation}
+        sets = {**self._given.fitting, **self._given.validation, **self._given.evaluation}
         return {"limit": limit, "prompts": {name: self.model.longer(rows, limit) for name, rows in sets.items()}}
 
     def finish(self) -> None:

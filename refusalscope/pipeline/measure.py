@@ -34,8 +34,8 @@ def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
     if harmless is None:
         harmless = fitted.data.harmless_validation.name
         datasets[harmless] = fitted.data.harmless_validation
-    unedited = _answers(job, datasets[harmless], benchmark.BASE, {})
-    judged = partial(_judged, job, fitted, chosen, cut_off_counts=rules.ordinarily_ends(unedited))
+    unedited = make_answers(job, datasets[harmless], benchmark.BASE, {})
+    judged = partial(make_judged, job, fitted, chosen, cut_off_counts=rules.ordinarily_ends(unedited))
     arms, tried = _strengths(job, fitted, chosen, judged, validation)
     pairs = [*_grid(arms, datasets), *((arm, harmless) for arm in _inductions(job, chosen))]
     answered = []
@@ -45,7 +45,7 @@ def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
     costs = []
     for done, arm in enumerate(arms):
         job.progress("measuring costs", done, len(arms))
-        costs.append((arm, _cost(job, chosen, datasets[harmless], unedited, arm)))
+        costs.append((arm, make_cost(job, chosen, datasets[harmless], unedited, arm)))
     finding = benchmark.summarise(
         [*answered, *tried],
         {**datasets, validation.name: validation},
@@ -60,7 +60,7 @@ def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
 def run_health(job: Job, fitted: Fitted) -> Finding:
     """Reconstruction quality of the SAEs on harmless prompts with the model's own answers."""
     rows = fitted.data.harmless_validation
-    answers = _answers(job, rows, benchmark.BASE, {})
+    answers = make_answers(job, rows, benchmark.BASE, {})
     measured = job.store.get(
         "health.json",
         job.key("health", rows, answers),
@@ -108,10 +108,11 @@ def describe_run(job: Job, fitted: Fitted) -> None:
     """Write `run.json`: what the report says of the run as a whole, first things first."""
     standing = "findings/benchmark.json" in job.store.paths("findings", ".json")
     finding = job.store.read("findings/benchmark.json", Finding) if standing else None
+    verb = "sweep" if job.options.sizes else "verify" if finding is None else "run"
     about = {
         "title": f"Why does {job.target.name} refuse?",
         "model": job.target.name,
-        "command": command(job.options, job.store.root.name, verb="verify" if finding is None else "run"),
+        "command": command(job.options, job.store.root.name, verb=verb),
         "options": {**as_plain(job.options), "derived": job.derived},
         "notices": [*refusal_notices(job, finding), *fitted.notes],
         "versions": versions(),
@@ -222,7 +223,7 @@ def slices_of(chosen: Chosen, arm: Arm) -> dict[int, SaeSlice]:
     return {layer: chosen.slices[layer].take(wanted) for layer, wanted in needed_features(arm.intervention).items()}
 
 
-def _answers(job: Job, rows: Prompts, arm: Arm, slices: Mapping[int, SaeSlice]) -> Responses:
+def make_answers(job: Job, rows: Prompts, arm: Arm, slices: Mapping[int, SaeSlice]) -> Responses:
     """What the model answers, before any judge has seen it.
 
     The slices are no part of the key: the arm names their features and the target's identity their SAEs' files.
@@ -240,8 +241,10 @@ def _answers(job: Job, rows: Prompts, arm: Arm, slices: Mapping[int, SaeSlice]) 
     )
 
 
-def _judged(job: Job, fitted: Fitted, chosen: Chosen, rows: Prompts, arm: Arm, *, cut_off_counts: bool) -> Responses:
-    answers = _answers(job, rows, arm, slices_of(chosen, arm))
+def make_judged(
+    job: Job, fitted: Fitted, chosen: Chosen, rows: Prompts, arm: Arm, *, cut_off_counts: bool
+) -> Responses:
+    answers = make_answers(job, rows, arm, slices_of(chosen, arm))
     tokens = fitted.direction.refusal_tokens
     return job.store.get(
         f"responses/{rows.name}/{arm.label}.jsonl",
@@ -251,7 +254,7 @@ def _judged(job: Job, fitted: Fitted, chosen: Chosen, rows: Prompts, arm: Arm, *
     )
 
 
-def _cost(job: Job, chosen: Chosen, rows: Prompts, unedited: Responses, arm: Arm) -> capability.Cost:
+def make_cost(job: Job, chosen: Chosen, rows: Prompts, unedited: Responses, arm: Arm) -> capability.Cost:
     slices = slices_of(chosen, arm)
     answers = {row.prompt_id: row for row in unedited.rows}
     made = job.in_batches(

@@ -4,8 +4,10 @@ Contradictions are rejected when it is made. The defaults live here and nowhere 
 """
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
@@ -17,6 +19,8 @@ RUN_FILE = "options.toml"
 
 Method = Literal["cosine+attribution", "cosine", "cosine+gradient", "attribution", "activation-difference", "random"]
 METHODS: tuple[Method, ...] = get_args(Method)
+SWEEP: dict[str, Any] = {"sizes": (10, 20, 30, 40, 50), "factors": (0.0, -1.0, -2.0, -3.0)}
+"""The published grid, which a sweep takes where neither command line nor file says otherwise."""
 
 
 class Options(BaseModel):
@@ -37,6 +41,8 @@ class Options(BaseModel):
     datasets: tuple[str, ...] | None = None
     protocol: Literal["sound", "paper"] = "sound"
     k: int = Field(default=20, ge=1)
+    sizes: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Of a sweep alone: the set sizes K* it goes through."""
     methods: tuple[Method, ...] | None = None
     draws: int | None = Field(default=None, ge=3)
     factors: tuple[FiniteFloat, ...] | None = None
@@ -78,18 +84,31 @@ class Options(BaseModel):
             raise ValueError("--value needs at least one value")
         if self.methods is not None and not set(self.methods) - {"random"}:
             raise ValueError("--method random is a control of other sets: name one of them too")
+        if self.sizes is not None:
+            self._sweeps(self.sizes)
         return self
 
+    def _sweeps(self, sizes: tuple[int, ...]) -> None:
+        if not sizes:
+            raise ValueError("--sizes needs at least one set size")
+        if self.full:
+            raise ValueError("--full is the grid of `run`: a sweep has its own, leave it out")
+        if self.protocol == "paper":
+            raise ValueError("--protocol paper fits on the prompts that are judged: a sweep leaves these untouched")
+
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """The set sizes K* that are tried."""
-        return tuple(dict.fromkeys((self.k, 5))) if self.full else (self.k,)
+    def set_sizes(self) -> tuple[int, ...]:
+        """The set sizes K* that sets are made at, the main one first; a sweep takes the beginnings of its largest."""
+        more = (5,) if self.full else (max(self.sizes),) if self.sizes else ()
+        return tuple(dict.fromkeys((self.k, *more)))
 
     @property
     def wanted_methods(self) -> tuple[Method, ...]:
-        """The feature sets that are made, in the order of METHODS."""
+        """The feature sets that are made, in the order of METHODS; in a sweep the first one asked for alone."""
         few: tuple[Method, ...] = ("cosine+attribution", "cosine", "random")
         wanted = self.methods or (METHODS if self.full else few)
+        if self.sizes is not None:
+            return (next(method for method in wanted if method != "random"),)
         return tuple(method for method in METHODS if method in wanted)
 
     def set_name(self, method: str, k: int) -> str:
@@ -101,13 +120,18 @@ class Options(BaseModel):
         return self.draws or (10 if self.full else 3)
 
 
-def make(values: dict[str, Any], config: Path | None) -> Options:
-    """Options from a TOML file and the command line, which wins. Raises ValueError, one line, on any fault."""
+def make(values: dict[str, Any], config: Path | None, *, defaults: Mapping[str, Any] = MappingProxyType({})) -> Options:
+    """Options from a TOML file and the command line, which wins. Raises ValueError, one line, on any fault.
+
+    `defaults` are those of a verb that has its own: of a sweep, whose `sizes` no other verb takes.
+    """
     saved = {} if config is None else read_toml(config)
     if chosen := sorted(key for key in saved if key.startswith("judge") or key == "labels"):
         raise ValueError(f"{config}: {chosen[0]} is for the command line alone: name judges with --judge")
     # A run folder's own options.toml is a valid configuration: what that run derived is derived anew.
-    merged = {**{key: value for key, value in saved.items() if key != "derived"}, **values}
+    merged = {**defaults, **{key: value for key, value in saved.items() if key != "derived"}, **values}
+    if merged.get("sizes") is not None and not defaults:
+        raise ValueError(f"--sizes (in {config}) is an option of `sweep` alone: take it out")
     try:
         return Options(**merged)
     except ValidationError as error:

@@ -49,7 +49,7 @@ class Reading(NamedTuple):
 def choose_features(job: Job, fitted: Fitted) -> Chosen:
     """Attribute refusal to features, choose every set, and write sets, table and slices."""
     key = job.key(
-        *("features", fitted.direction, fitted.data, job.options.sizes, job.options.random_draws, job.options.seed),
+        *("features", fitted.direction, fitted.data, job.options.set_sizes, job.options.random_draws, job.options.seed),
         job.options.wanted_methods,
     )
     if not _features_stand(job, key):
@@ -107,7 +107,7 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
         "typical": _typical(sets, slices, traces),
         "notes": [
             *_sae_notes(job.saes.layers, len(job.model.layers), reading.notes),
-            *_notes(nodes, sets, job.options.sizes),
+            *_notes(nodes, sets, job.options.set_sizes),
         ],
     }
     # The index comes last: while it is missing, a killed stage is made again.
@@ -116,7 +116,7 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
 
 def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Trace], key: str) -> Reading:
     """Open each layer's SAE once and read everything off it that any wanted set needs."""
-    wanted, most = job.options.wanted_methods, max(job.options.sizes)
+    wanted, most = job.options.wanted_methods, max(job.options.set_sizes)
     published = job.options.protocol == "paper"
     where, over = (features.everywhere, max(p.ids.shape[1] for p in traces)) if published else (scored, None)
     harmful = features.traced_residuals(traces)
@@ -173,7 +173,7 @@ def _named_sets(job: Job, reading: Reading) -> dict[str, Choice]:
     if reading.scores is not None:
         sources["attribution"] = reading.scores
     made: dict[str, Choice] = {}
-    for k in job.options.sizes:
+    for k in job.options.set_sizes:
         chosen = {name: features.choose(scores, k, seed=seed, signed=published) for name, scores in sources.items()}
         if reading.highest is not None:
             chosen["activation-difference"] = features.choose_difference(*reading.highest, k, seed=seed)
@@ -190,7 +190,7 @@ def _controls(job: Job, reading: Reading, named: Mapping[str, Choice]) -> dict[s
     excluded = {feature for made in named.values() for feature in made.features.features}
     excluded |= {Feature(layer, i) for layer, listed in features.candidates(reading.surveys).items() for i in listed}
     controls = {}
-    for k in job.options.sizes:
+    for k in job.options.set_sizes:
         matched = named.get(job.options.set_name("cosine+attribution", k), next(iter(named.values())))
         for draw in range(job.options.random_draws):
             seed = job.options.seed + draw
@@ -268,7 +268,7 @@ def _totals(reading: Reading, refused: Prompts, nodes: Sequence[NodeCheck]) -> d
 
 
 def _table_rows(job: Job, name: str, made: Choice) -> list[dict[str, Any]]:
-    size = _asked(name, job.options.sizes)
+    size = _asked(name, job.options.set_sizes)
     label = "" if size == job.options.k else f" (K* = {size})"
     chosen = made.features
     return [

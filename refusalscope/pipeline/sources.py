@@ -26,6 +26,9 @@ def common_prompts(progress: Callable[[str, int, int], None]) -> Path:
 def load_prompts(options: Options, path: Path | None) -> prompts.PromptSets:
     """The prompts of a file or folder, or the testbed's if None, as the options restrict them."""
     sets = _all_prompts(options, path)
+    if options.sizes is not None:
+        swept = options.limit or (150 if path is None else 100)
+        sets = prompts.widened(sets, _all_prompts(options, path, validation=swept).fitting)
     if options.datasets is not None:
         sets = prompts.only(sets, options.datasets)
     return prompts.for_paper(sets) if options.protocol == "paper" else sets
@@ -43,16 +46,18 @@ def read_template(path: Path | None) -> str | None:
         raise ValueError(f"--chat-template {path} cannot be read: {error.strerror}") from error
 
 
-def _all_prompts(options: Options, path: Path | None) -> prompts.PromptSets:
+def _all_prompts(options: Options, path: Path | None, *, validation: int | None = None) -> prompts.PromptSets:
+    count = options.limit or (150 if path is None else 100)  # of real sets the first 100, as published
     if path is None:
         fewer = options.limit or prompts.TRAIN_COUNT
         return prompts.from_testbed(
-            count=options.limit or 150,
+            count=count,
             full=options.full,
             train=min(prompts.TRAIN_COUNT, max(32, fewer)),
-            validation=min(prompts.VALIDATION_COUNT, max(16, fewer)),
+            validation=validation or min(prompts.VALIDATION_COUNT, max(16, fewer)),
         )
-    count = options.limit or 100  # of real sets the first 100, as published
+    held = validation or prompts.VALIDATION_COUNT
     if path.is_dir():
-        return prompts.from_refusal_direction(path, count=count, published_draw=options.protocol == "paper")
-    return prompts.from_file(path, columns=options.columns, label=options.label, count=count)
+        published = options.protocol == "paper"
+        return prompts.from_refusal_direction(path, count=count, published_draw=published, validation=held)
+    return prompts.from_file(path, columns=options.columns, label=options.label, count=count, validation=held)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
 from refusalscope.core.types import Direction, Finding, Prompts, Responses
-from refusalscope.report import capability, drawing, features, judging, prompts, verdict
+from refusalscope.report import capability, drawing, features, judging, prompts, strength, verdict
 from refusalscope.report.benchmark_plots import COSTS
 from refusalscope.report.drawing import Plot
 from refusalscope.report.examples import examples
@@ -70,6 +70,7 @@ def write(store: Store) -> str:
             **drawn(findings),
             **trusted(findings),
             **judging.section(findings),
+            **swept(findings),
             **close_up(store),
         )
     )
@@ -102,6 +103,12 @@ def trusted(findings: Iterable[Finding]) -> dict[str, Any]:
     if layers := by_study.get("attribution"):
         made["blind"] = verdict.blind_layers(layers)
     return made
+
+
+def swept(findings: Iterable[Finding]) -> dict[str, Any]:
+    """What the sweep came to, in words and tables; empty where the run has none."""
+    made = next((finding for finding in findings if finding.study == "sweep"), None)
+    return {} if made is None else {"strength": strength.sentences(made), "swept": strength.tables(made)}
 
 
 def close_up(store: Store) -> dict[str, Any]:

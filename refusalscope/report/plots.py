@@ -33,6 +33,7 @@ from refusalscope.report.drawing import (
     title,
 )
 from refusalscope.report.settings import part
+from refusalscope.report.sweep_plots import sweep
 from refusalscope.report.verdict import CORRELATIONS, MOST, least
 
 QUALITIES = {"variance_explained": "variance explained", "cross_entropy_recovered": "cross-entropy recovered"}
@@ -175,4 +176,5 @@ DRAWERS: Mapping[str, Callable[[Finding], dict[str, Plot]]] = {
     "health": _health,
     "attribution": _attribution,
     "verification": _verification,
+    "sweep": sweep,
 }

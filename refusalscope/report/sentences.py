@@ -10,7 +10,7 @@ from refusalscope.report.settings import DATASET_OF_STRENGTHS, factor, part
 
 PERCENT = (
     *("refused", "answered", "incoherent", "coherent", "complied", "refused_first_token", "refused_change"),
-    "reasoning_refused",
+    *("reasoning_refused", "refused_coherently"),
     *("refused_difference", "answered_difference", "complied_difference"),
     *("smallest_change", "smallest_difference"),
     *("harmful", "harmful_change", "harmful_difference", "coherent_change", "coherent_difference"),
