@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
@@ -79,7 +80,7 @@ def test_all_sets_share_the_panels_of_induction() -> None:
     panels = plots.plots(finding)["benchmark-induced-harmless"].figure.axes
     assert [axes.get_title("left") for axes in panels] == ["refused, k = 20", "coherent, refused or not, k = 20"]
     assert [tick.get_text() for tick in panels[0].get_xticklabels()] == ["0.25", "0.5", "1", "2"]
-    curves = {line.get_color() for line in panels[0].lines if len(line.get_xdata()) == 4}
+    curves = {line.get_color() for line in panels[0].lines if np.size(line.get_xdata()) == 4}
     assert curves == {METHODS[method][0] for method in ("cosine+attribution", "random")}
     both = plots.plots(replace(finding, rows=(*finding.rows, *few)))["benchmark-induced-harmless"]
     assert len(both.figure.axes) == 4

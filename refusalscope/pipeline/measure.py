@@ -17,7 +17,7 @@ from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.options import Options, as_plain
 from refusalscope.pipeline.select import Chosen
-from refusalscope.report import page, plots
+from refusalscope.report import drawing, page, plots
 from refusalscope.studies import attribution, benchmark, health
 from refusalscope.studies.benchmark import Arm
 
@@ -93,12 +93,25 @@ def run_attribution(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
     )
 
 
+def write_figures(store: Store, wanted: Sequence[str] = drawing.FORMS) -> list[str]:
+    """Every figure of every finding as `figures/<name>.<format>`; returns their paths. Loads no model.
+
+    Raises ValueError for a format in which no figure can be written.
+    """
+    if unknown := sorted(set(wanted) - set(drawing.FORMS)):
+        raise ValueError(f"figures cannot be written as {unknown[0]!r}: choose from {', '.join(drawing.FORMS)}")
+    paths = []
+    for finding in [store.read(path, Finding) for path in store.paths("findings", ".json")]:
+        for name, plot in plots.plots(finding).items():
+            for form in filter(set(wanted).__contains__, drawing.FORMS):
+                paths.append(f"figures/{name}.{form}")
+                store.ensure(paths[-1], fingerprint(finding, __version__), partial(drawing.render, plot.figure, form))
+    return paths
+
+
 def write_report(store: Store) -> str:
     """Figures and page from what the folder holds; returns the page's path. Loads no model."""
-    findings = {path: store.read(path, Finding) for path in store.paths("findings", ".json")}
-    for finding in findings.values():
-        for name, content in plots.figures(finding).items():
-            store.keep(f"figures/{name}.svg", fingerprint(finding, __version__), content)
+    write_figures(store, ["svg"])
     page_text = page.write(store)
     store.keep("report.html", fingerprint(page_text), page_text)
     return "report.html"

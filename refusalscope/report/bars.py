@@ -76,8 +76,7 @@ def slug(text: str) -> str:
 def grouped(rows: Iterable[Row], metric: str, heading: str, caption: str) -> Plot | None:
     """Bars by data set and method for one metric between 0 and 1; None where no edit was evaluated on it."""
     groups = by_dataset([row for row in rows if row.metric == metric])
-    found = {method for group in groups.values() for method in group}
-    methods = [method for method in (*METHODS, *sorted(found - set(METHODS))) if method in found]
+    methods = ordered({method for group in groups.values() for method in group})
     if not methods:
         return None
     abreast = max(1, min(ABREAST, ACROSS // len(methods), len(groups)))
@@ -89,6 +88,11 @@ def grouped(rows: Iterable[Row], metric: str, heading: str, caption: str) -> Plo
     style: Style = {NAMES.get(method, method): (METHODS.get(method, UNKNOWN)[0], "s") for method in methods}
     legend(figure, style, line=0.0)
     return Plot(caption + _conditions(groups, methods), figure)
+
+
+def ordered(found: set[str]) -> list[str]:
+    """Methods in the order of METHODS, others after them."""
+    return [method for method in (*METHODS, *sorted(found - set(METHODS))) if method in found]
 
 
 def by_dataset(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:

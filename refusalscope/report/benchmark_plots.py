@@ -147,7 +147,8 @@ def _induced(dataset: str, rows: Sequence[Row]) -> Plot | None:
     if not series:
         return None
     ordered = sorted(series.items(), key=lambda item: (-int(item[0][0]), list(INDUCED).index(item[0][1])))
-    styles = {method: METHODS.get(method, UNKNOWN) for drawn in series.values() for method in drawn}
+    found = {method for drawn in series.values() for method in drawn}
+    styles = {method: METHODS.get(method, UNKNOWN) for method in bars.ordered(found)}
     references = {row.metric: row for row in rows if (row.method, row.setting) == ("direction", "add") and row.n}
     beside: Style = {"direction added": (METHODS["direction"][0], "")} if references else {}
     top = 0.4 + 0.19 * ceil(len({**styles, **beside}) / 3)

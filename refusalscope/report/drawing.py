@@ -8,7 +8,7 @@ import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -61,8 +61,10 @@ STYLE: dict[Any, Any] = {
     "axes.labelcolor": MUTED,
 }
 
+Form = Literal["svg", "png", "pdf"]
+FORMS: tuple[Form, ...] = get_args(Form)
 # What is left empty here would tie the bytes to a version and a moment.
-METADATA: dict[str, dict[str, Any]] = {
+METADATA: dict[Form, dict[str, Any]] = {
     "svg": {"Date": None, "Creator": None, "Format": None, "Type": None},
     "png": {"Software": None},
     "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
@@ -189,7 +191,8 @@ def span(rows: Iterable[Row]) -> tuple[float, float]:
 
 
 def legend(figure: Figure, named: Style, *, line: float = 1.6) -> None:
-    """What each colour and marker stands for, under the title, in three columns; without lines these are narrower."""
+    """What each colour and marker stands for, under the title, in three columns; smaller where names are many."""
+    many = len(named) > 3
     handles = [
         Line2D([], [], color=colour, marker=marker, linewidth=line, markersize=5.5, label=name)
         for name, (colour, marker) in named.items()
@@ -204,8 +207,8 @@ def legend(figure: Figure, named: Style, *, line: float = 1.6) -> None:
         borderaxespad=0.3,
         handlelength=1.4 if line else 0.8,
         handletextpad=0.4,
-        columnspacing=1.2 if line else 0.9,
-        fontsize=9.5 if line else 8.8,
+        columnspacing=0.9 if many else 1.2,
+        fontsize=8.8 if many else 9.5,
     )
 
 
@@ -213,7 +216,7 @@ def title(figure: Figure, text: str) -> None:
     figure.text(0.01, 1 - 0.06 / figure.get_figheight(), text, va="top", fontweight="bold")
 
 
-def render(figure: Figure, form: Literal["svg", "png", "pdf"]) -> bytes:
+def render(figure: Figure, form: Form) -> bytes:
     """A figure as the content of a file, whose bytes depend on what is drawn alone."""
     stream = io.BytesIO()
     with style():
