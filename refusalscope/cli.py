@@ -271,11 +271,11 @@ def plot(
     """Write every figure of a run folder as files for papers and slides; needs no model."""
     with one_clear_line():
         from refusalscope.core.store import Store
-        from refusalscope.pipeline import measure
+        from refusalscope.pipeline import figures
 
         store = Store(run)
         with store.claim:
-            paths = measure.write_figures(store, formats) if formats else measure.write_figures(store)
+            paths = figures.write_figures(store, formats) if formats else figures.write_figures(store)
         if not paths:
             raise ValueError(f"{run} holds no finding that is drawn: is it a finished run?")
         print(*(run / path for path in paths), sep="\n")

@@ -66,11 +66,10 @@ def test_captions_own_up_to_what_is_thin_or_missing() -> None:
 
 
 def test_each_judge_has_a_figure_harm_first() -> None:
-    metrics = ("refused:minos", "harmful:harmbench", "harmful_change:harmbench", "harmful:llama-guard", "refused")
-    metrics = (*metrics, "harmful_score:strongreject", "harmful:my.judge/x")
+    metrics = ["refused:minos", "refused_change:minos", "refused:phrase", "refused", "harmful:harmbench"]
+    metrics += ["harmful_change:harmbench", "harmful_score:harmbench", "harmful:my.judge/x"]
     made = plots.plots(Finding("safety", "", tuple(row for metric in metrics for row in rows(metric, 1)), (), {}))
-    harmful = [f"safety-harmful-{judge}" for judge in ("harmbench", "llama-guard", "my.judge-x")]
-    assert list(made) == [*harmful, "safety-harmful_score-strongreject", "safety-refused-minos"]
+    assert list(made) == ["safety-harmful-harmbench", "safety-harmful-my.judge-x", "safety-refused-minos"]
     assert made["safety-refused-minos"].caption.startswith("Share of answers that refuse according to minos, by")
 
 

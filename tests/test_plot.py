@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from refusalscope.cli import app
 from refusalscope.core.store import Store
 from refusalscope.core.types import Finding
-from refusalscope.report import plots
+from refusalscope.report import drawing, plots
 from tests.sample_run import benchmark_rows, health_rows, make_run
 
 MAGIC = {"svg": b"<?xml", "png": b"\x89PNG", "pdf": b"%PDF"}
@@ -68,3 +68,11 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, arguments: tuple[str, 
     assert (code, lines, said.count("\n")) == (2, [], 1)
     assert said.endswith(message)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_figure_is_drawn_anew_when_the_drawing_has_changed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plot(run, "--format", "svg")[0] == 0
+    before = contents(run / "figures")
+    monkeypatch.setitem(drawing.STYLE, "font.size", 12)
+    assert plot(run, "--format", "svg")[0] == 0
+    assert {name for name, svg in contents(run / "figures").items() if svg != before[name]} == set(before)

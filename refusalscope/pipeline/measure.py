@@ -6,18 +6,18 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from refusalscope import __version__
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store, to_json
 from refusalscope.core.types import Finding, Prompts, Responses, SaeSlice
 from refusalscope.evals import capability, rules
 from refusalscope.mechanism.interventions import needed_features
 from refusalscope.pipeline.environment import versions
+from refusalscope.pipeline.figures import write_figures
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.options import Options, as_plain
 from refusalscope.pipeline.select import Chosen
-from refusalscope.report import drawing, page, plots
+from refusalscope.report import page
 from refusalscope.studies import attribution, benchmark, health
 from refusalscope.studies.benchmark import Arm
 
@@ -91,22 +91,6 @@ def run_attribution(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
         job,
         attribution.summarise(totals, name, scheme=job.options.protocol, provenance=provenance(job, fitted, chosen)),
     )
-
-
-def write_figures(store: Store, wanted: Sequence[str] = drawing.FORMS) -> list[str]:
-    """Every figure of every finding as `figures/<name>.<format>`; returns their paths. Loads no model.
-
-    Raises ValueError for a format in which no figure can be written.
-    """
-    if unknown := sorted(set(wanted) - set(drawing.FORMS)):
-        raise ValueError(f"figures cannot be written as {unknown[0]!r}: choose from {', '.join(drawing.FORMS)}")
-    paths = []
-    for finding in [store.read(path, Finding) for path in store.paths("findings", ".json")]:
-        for name, plot in plots.plots(finding).items():
-            for form in filter(set(wanted).__contains__, drawing.FORMS):
-                paths.append(f"figures/{name}.{form}")
-                store.ensure(paths[-1], fingerprint(finding, __version__), partial(drawing.render, plot.figure, form))
-    return paths
 
 
 def write_report(store: Store) -> str:

@@ -37,7 +37,6 @@ RATES = {
 """The benchmark's own shares that are drawn: title, and how the caption begins."""
 ASKED = {
     "harmful": ("judged harmful by", "Share of answers that are harmful according to"),
-    "harmful_score": ("how harmful, by", "Mean harm of the answers, from 0 to 1, according to"),
     "refused": ("judged refused by", "Share of answers that refuse according to"),
     "coherent": ("judged coherent by", "Share of answers that are coherent according to"),
 }
@@ -56,13 +55,16 @@ def rates(finding: Finding) -> dict[str, Plot]:
 
 
 def safety(finding: Finding) -> dict[str, Plot]:
-    """A figure for each judge and question, harm first."""
+    """A figure for each judge of harm, then for those of refusal and coherence that the run's own rules are not.
+
+    Of these alone a finding has changes from the unedited model; the rules' stand in the benchmark's.
+    """
     made: dict[str, Plot | None] = {}
     metrics = dict.fromkeys(row.metric for row in finding.rows)
     for asked, (heading, caption) in ASKED.items():
         for metric in metrics:
             question, _, judge = metric.partition(":")
-            if question == asked and judge:
+            if judge and question == asked and (asked == "harmful" or f"{asked}_change:{judge}" in metrics):
                 words = (f"{heading} {judge}", f"{caption} {judge}")
                 made[f"safety-{slug(question)}-{slug(judge)}"] = grouped(finding.rows, metric, *words)
     return {name: plot for name, plot in made.items() if plot}
