@@ -20,11 +20,11 @@ def rows(metric: str, datasets: int) -> list[Row]:
     made = []
     for place in range(datasets):
         name = f"set {place}"
+        made.append(rate(name, "cosine", metric, "scale c=0 k=5", 0.99))
         for height, (method, setting) in enumerate(EDITS.items(), start=1):
             made.append(rate(name, method, metric, setting, height / 10))
         made += [rate(name, "random", metric, f"scale c=-1 k=20 draw={draw}", 0.9) for draw in (0, 1)]
         made.append(rate(name, "random", metric, "scale c=-1 k=20 mean", 0.8, n=100))
-        made.append(rate(name, "cosine", metric, "scale c=0 k=5", 0.99))
         made += [rate(name, "direction", metric, setting, 0.99) for setting in ("remove-affine", "add")]
     return [*made, rate("harmful-validation", "cosine", metric, "scale c=-1 k=20", 0.99)]
 

@@ -98,15 +98,15 @@ def ordered(found: set[str]) -> list[str]:
 
 
 def by_dataset(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    """Data set -> method -> its row: the setting each method was evaluated with, at the first set size.
+    """Data set -> method -> its row: the setting each method was evaluated with, at the largest set size.
 
     Of the random sets the pooled row; the direction removed, neither affinely nor added.
     """
-    sizes = [parsed[1] for row in rows if (parsed := factor(row.setting))]
+    largest = max((int(scaled[1]) for row in rows if (scaled := factor(row.setting))), default=0)
     made: dict[str, dict[str, Row]] = {}
     for row in rows:
         scaled = factor(row.setting)
-        settled = scaled[1] == sizes[0] and "draw=" not in row.setting if scaled else row.setting in ("", "remove")
+        settled = int(scaled[1]) == largest and "draw=" not in row.setting if scaled else row.setting in ("", "remove")
         if settled and row.dataset != DATASET_OF_STRENGTHS:
             made.setdefault(row.dataset, {}).setdefault(row.method, row)
     return made
