@@ -6,7 +6,7 @@ WORKERS ?= 2
 TORCH := $(shell grep '^torch==' requirements.lock)
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow lint lock clean
+.PHONY: demo test test-slow lint notebook lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/refusalscope run testbed --name demo
@@ -22,6 +22,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+# Cells that did not change keep their ids.
+notebook: $(INSTALLED)
+	$(BIN)/jupytext --to ipynb --update notebooks/benchmark.py
 
 # torch comes first and with its dependencies, since its build for a GPU brings packages that the lock doesn't name;
 # after it the lock is complete, so nothing is left to resolve.

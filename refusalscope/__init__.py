@@ -36,6 +36,10 @@ if TYPE_CHECKING:
         editor,
         record,
     )
+    from refusalscope.pipeline.job import Job
+    from refusalscope.pipeline.options import Options
+    from refusalscope.report.drawing import render
+    from refusalscope.report.plots import plots
 
 __version__ = "0.1.0"
 
@@ -67,6 +71,10 @@ _HOMES = {
     "Scores": "core.scores",
     "Trace": "core.scores",
     "editor": "mechanism.interventions",
+    "Options": "pipeline.options",
+    "Job": "pipeline.job",
+    "plots": "report.plots",
+    "render": "report.drawing",
 }
 __all__ = [
     "AddDirection",
@@ -78,6 +86,8 @@ __all__ = [
     "FeatureSet",
     "Finding",
     "HoldFeatures",
+    "Job",
+    "Options",
     "Prompt",
     "Prompts",
     "RemoveDirection",
@@ -95,7 +105,9 @@ __all__ = [
     "attribute",
     "editor",
     "find",
+    "plots",
     "record",
+    "render",
 ]
 
 

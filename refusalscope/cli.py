@@ -476,6 +476,26 @@ def split(text: str) -> tuple[str, ...]:
 
 
 @app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="svg, png or pdf; repeatable. (default: all three)")
+    ] = None,
+) -> None:
+    """Write every figure of a run folder as files for papers and slides; needs no model."""
+    with one_clear_line():
+        from refusalscope.core.store import Store
+        from refusalscope.pipeline import figures
+
+        store = Store(run)
+        with store.claim:
+            paths = figures.write_figures(store, formats) if formats else figures.write_figures(store)
+        if not paths:
+            raise ValueError(f"{run} holds no finding that is drawn: is it a finished run?")
+        print(*(run / path for path in paths), sep="\n")
+
+
+@app.command()
 def models() -> None:
     """List the models that have a preset: name, repository, SAEs, what was published of them."""
     with one_clear_line():

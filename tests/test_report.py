@@ -239,6 +239,8 @@ def test_without_harmful_prompts_there_is_no_answer(benchmark):
 def test_figures_are_stable_and_name_what_they_show(benchmark, health, monkeypatch):
     made = plots.figures(benchmark)
     assert list(made) == [
+        "benchmark-refused",
+        "benchmark-answered",
         "benchmark-outcomes-harmful",
         "benchmark-outcomes-harmless",
         "benchmark-outcomes-never-heard-of",
@@ -257,7 +259,7 @@ def test_figures_are_stable_and_name_what_they_show(benchmark, health, monkeypat
 def test_figures_escape_names_and_leave_dollars_alone(benchmark):
     name = "<b>$x$</b> 拒絕"
     rows = tuple(replace(row, dataset=name) if row.dataset == "harmful" else row for row in benchmark.rows)
-    (svg, *_) = plots.figures(replace(benchmark, rows=rows)).values()
+    svg = next(svg for made, svg in plots.figures(replace(benchmark, rows=rows)).items() if "outcomes" in made)
     texts = [item.text for item in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert f"{name} prompts" in texts
 

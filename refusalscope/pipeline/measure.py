@@ -6,18 +6,18 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from refusalscope import __version__
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store, to_json
 from refusalscope.core.types import Direction, FeatureSet, Finding, Prompts, Responses, SaeSlice
 from refusalscope.evals import capability, rules
 from refusalscope.mechanism.interventions import needed_features
 from refusalscope.pipeline.environment import versions
+from refusalscope.pipeline.figures import write_figures
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.options import Options, as_plain
 from refusalscope.pipeline.select import Chosen
-from refusalscope.report import page, plots
+from refusalscope.report import page
 from refusalscope.studies import attribution, benchmark, health
 from refusalscope.studies.benchmark import Arm
 
@@ -95,10 +95,7 @@ def run_attribution(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
 
 def write_report(store: Store) -> str:
     """Figures and page from what the folder holds; returns the page's path. Loads no model."""
-    findings = {path: store.read(path, Finding) for path in store.paths("findings", ".json")}
-    for finding in findings.values():
-        for name, content in plots.figures(finding).items():
-            store.keep(f"figures/{name}.svg", fingerprint(finding, __version__), content)
+    write_figures(store, ["svg"])
     page_text = page.write(store)
     store.keep("report.html", fingerprint(page_text), page_text)
     return "report.html"

@@ -3,21 +3,22 @@
 A share is drawn from 0 to 1, a cost from 0. Computes no statistic.
 """
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import ceil, floor, log10
 
 from matplotlib.axes import Axes
 
 from refusalscope.core.types import Finding, Row
+from refusalscope.report import bars
 from refusalscope.report.drawing import (
     BLUE,
     COVERED,
-    GREY,
     INK,
     LABELS,
+    METHODS,
     MUTED,
-    ORANGE,
     OUTCOMES,
+    UNKNOWN,
     Lane,
     Plot,
     Style,
@@ -35,17 +36,17 @@ from refusalscope.report.drawing import (
 from refusalscope.report.settings import DATASET_OF_STRENGTHS, factor, value_set
 
 COSTS = {"cross_entropy_change": "cross-entropy change", "kl": "KL divergence"}
-INDUCED: Style = {"refused": (BLUE, "o"), "coherent": (ORANGE, "^")}
+INDUCED = {"refused": "refused", "coherent": "coherent, refused or not"}
 Series = dict[tuple[str, str], dict[str, list[tuple[float, Row]]]]
 """Method and set size -> metric -> where and what to draw."""
 
 
 def benchmark(finding: Finding) -> dict[str, Plot]:
-    """Outcomes first, then strengths tried, refusal induced and costs, whatever order the rows have."""
-    made: dict[str, Plot | None] = {}
+    """Methods side by side first, then every edit's outcomes, strengths tried, refusal induced and costs."""
+    made: dict[str, Plot | None] = {**bars.rates(finding)}
     for dataset in dict.fromkeys(row.dataset for row in finding.rows):
         rows = [row for row in finding.rows if row.dataset == dataset]
-        name = re.sub(r"[^\w.-]+", "-", dataset)
+        name = bars.slug(dataset)
         if dataset == DATASET_OF_STRENGTHS:
             made[f"benchmark-strength-{name}"] = _strength(finding, rows)
             continue
@@ -53,7 +54,8 @@ def benchmark(finding: Finding) -> dict[str, Plot]:
         made[f"benchmark-outcomes-{name}"] = _outcomes(dataset, lanes(edits, OUTCOMES))
         made[f"benchmark-induced-{name}"] = _induced(dataset, rows)
         made[f"benchmark-cost-{name}"] = _cost(dataset, lanes(edits, COSTS))
-    order = ("benchmark-outcomes", "benchmark-strength", "benchmark-induced", "benchmark-cost")
+    kinds = (*(f"benchmark-{metric}" for metric in bars.RATES), "benchmark-outcomes-", "benchmark-strength-")
+    order = (*kinds, "benchmark-induced-", "benchmark-cost-")
     return {name: plot for start in order for name, plot in made.items() if plot and name.startswith(start)}
 
 
@@ -131,45 +133,61 @@ def _strength(finding: Finding, rows: Sequence[Row]) -> Plot | None:
 
 
 def _induced(dataset: str, rows: Sequence[Row]) -> Plot | None:
-    """One panel a feature set: the shares refused and coherent against the value that its features are set to."""
-    series: Series = {}
+    """All sets in one panel, the share refused against the value that their features are held at; below, coherent.
+
+    Panels of their own for every set size.
+    """
+    series: dict[tuple[str, str], dict[str, list[tuple[float, Row]]]] = {}
     pooled = {(row.method, row.metric) for row in rows if value_set(row.setting) and row.setting.endswith(" mean")}
     for row in rows:
         parsed = value_set(row.setting)
         single = " draw=" in row.setting and (row.method, row.metric) in pooled
         if parsed and row.metric in INDUCED and row.n and not single:
-            series.setdefault((row.method, parsed[1]), {}).setdefault(row.metric, []).append((parsed[0], row))
+            series.setdefault((parsed[1], row.metric), {}).setdefault(row.method, []).append((parsed[0], row))
     if not series:
         return None
+    ordered = sorted(series.items(), key=lambda item: (-int(item[0][0]), list(INDUCED).index(item[0][1])))
+    found = {method for drawn in series.values() for method in drawn}
+    styles = {method: METHODS.get(method, UNKNOWN) for method in bars.ordered(found)}
     references = {row.metric: row for row in rows if (row.method, row.setting) == ("direction", "add") and row.n}
-    figure, made = panels([1.45] * len(series), left=0.62, top=0.78, bottom=0.5, gap=0.55)
-    for axes, ((method, k), by_metric) in zip(made, series.items(), strict=True):
-        axes.set_title(f"{method}, k = {k}", loc="left", fontsize=9.5)
-        for metric, (colour, _) in INDUCED.items():
-            if metric in references:
-                _level(axes, references[metric], colour)
-        if all(value > 0 for points in by_metric.values() for value, _ in points):
+    beside: Style = {"direction added": (METHODS["direction"][0], "")} if references else {}
+    top = 0.4 + 0.19 * ceil(len({**styles, **beside}) / 3)
+    figure, made = panels([1.45] * len(series), left=0.62, top=top + 0.2, bottom=0.5, gap=0.55)
+    for axes, ((k, metric), by_method) in zip(made, ordered, strict=True):
+        axes.set_title(f"{INDUCED[metric]}, k = {k}", loc="left", fontsize=9.5)
+        if metric in references:
+            _level(axes, references[metric], METHODS["direction"][0])
+        if all(value > 0 for points in by_method.values() for value, _ in points):
             axes.set_xscale("log")  # small values matter most, and lie close together
             axes.minorticks_off()
-        _shares(axes, by_metric, INDUCED)
+        _shares(axes, by_method, styles)
     made[-1].set_xlabel("value v that every feature of the set is held at")
     title(figure, f"refusal induced on {dataset}")
-    beside: Style = {"direction added": (GREY, "")} if references else {}
-    legend(figure, {**INDUCED, **beside})
+    legend(figure, {**styles, **beside})
     return Plot(
         f"Share of {dataset} prompts refused, and of answers coherent (not empty, not looping, not cut off; a refusal "
-        f"may be coherent), against the value v that the features are set to, with 95% intervals"
+        f"may be coherent), against the value v that the features of each set are held at, with 95% intervals"
         f"{'; dashed lines with bands: the refusal direction added instead' if references else ''}.",
         figure,
     )
 
 
-def _shares(axes: Axes, by_metric: dict[str, list[tuple[float, Row]]], styles: Style) -> None:
-    for metric, points in by_metric.items():
-        curve(axes, sorted(points, key=lambda point: point[0]), *styles[metric])
-    number_ticks(axes, (x for points in by_metric.values() for x, _ in points))
+def _shares(axes: Axes, curves: Mapping[str, Sequence[tuple[float, Row]]], styles: Style) -> None:
+    """Named curves of shares, a tick for each number below them, or for round ones where these are too many."""
+    for name, points in curves.items():
+        curve(axes, sorted(points, key=lambda point: point[0]), *styles[name])
+    number_ticks(axes, _few({x for points in curves.values() for x, _ in points}))
     share_axis(axes.yaxis)
     axes.set_ylim(-0.03, 1.03)
+
+
+def _few(numbers: set[float]) -> Iterable[float]:
+    """The numbers; where more than eight would run into each other, round ones between the least and the largest."""
+    low, high = min(numbers), max(numbers)
+    if len(numbers) <= 8 or low <= 0:
+        return numbers
+    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
+    return [tick for decade in decades for step in (1, 2, 5) if low <= (tick := step * 10.0**decade) <= high]
 
 
 def _level(axes: Axes, row: Row, colour: str) -> None:

@@ -8,7 +8,7 @@ import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,18 +20,33 @@ from refusalscope.report.settings import readable
 
 COVERED = 0.9
 """Share of scored prompts under which a number is flagged."""
-INK, MUTED, GRID = "#1b2330", "#5f6875", "#d9dde3"
-"""Text, secondary text and grid lines; a page may give them its own colours."""
+INK, MUTED, GRID, GROUND = "#1b2330", "#5f6875", "#d9dde3", "#ffffff"
+"""Text, secondary text, grid lines, what is under them; a page may give them its own colours."""
 # Okabe and Ito's palette, which colour-blind readers can tell apart; shape says the same again.
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"
+SKY, AMBER, GREEN, PURPLE = "#56b4e9", "#e69f00", "#009e73", "#cc79a7"
 Style = Mapping[str, tuple[str, str]]
 """Name -> colour and marker."""
+METHODS: Style = {
+    "base": (INK, "P"),
+    "direction": (BLUE, "s"),
+    "cosine": (SKY, "^"),
+    "activation-difference": (AMBER, "v"),
+    "attribution": (GREEN, "D"),
+    "cosine+gradient": (PURPLE, "X"),
+    "cosine+attribution": (ORANGE, "o"),
+    "random": (GREY, "h"),
+}
+"""The methods in the order in which they stand side by side, each the same in every figure that compares them."""
+UNKNOWN = (MUTED, "*")
+"""A method that has no place there."""
 OUTCOMES: Style = {"refused": (BLUE, "o"), "answered": (ORANGE, "^"), "incoherent": (GREY, "s")}
 WIDTH = 4.6  # inches, 442 pixels: shrunk to a phone's 350 its letters are still 10 pixels high
 LABELS, RIGHT = 1.6, 0.18  # inches left and right of the axes
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "refusalscope",
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,  # outlines that every reader and publisher takes
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.5,
@@ -46,8 +61,10 @@ STYLE: dict[Any, Any] = {
     "axes.labelcolor": MUTED,
 }
 
+Form = Literal["svg", "png", "pdf"]
+FORMS: tuple[Form, ...] = get_args(Form)
 # What is left empty here would tie the bytes to a version and a moment.
-METADATA: dict[str, dict[str, Any]] = {
+METADATA: dict[Form, dict[str, Any]] = {
     "svg": {"Date": None, "Creator": None, "Format": None, "Type": None},
     "png": {"Software": None},
     "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
@@ -128,7 +145,7 @@ def curve(axes: Axes, points: Sequence[tuple[float, Row]], colour: str, marker: 
 
 
 def _point(axes: Axes, x: float, y: float, row: Row, colour: str, marker: str) -> None:
-    fill = colour if row.coverage >= COVERED else "#ffffff"
+    fill = colour if row.coverage >= COVERED else GROUND
     axes.plot([x], [y], marker, color=colour, markerfacecolor=fill, markersize=5.5, clip_on=False, zorder=3)
 
 
@@ -141,14 +158,15 @@ def name_lanes(axes: Axes, drawn: Sequence[Lane]) -> None:
     for place, lane in enumerate(drawn):
         settings = {row.setting for rows in lane.rows.values() for row in rows}
         note = ", mean" if f"{lane.setting} mean" in settings else "" if lane.setting in settings else ", draws"
-        axes.text(-0.05, place - (0.17 if lane.setting else 0), _short(lane.method), **beside)
-        setting = _short(readable(lane.setting) + note)
+        axes.text(-0.05, place - (0.17 if lane.setting else 0), short(lane.method), **beside)
+        setting = short(readable(lane.setting) + note)
         axes.text(-0.05, place + 0.21, setting, fontsize=8, color=MUTED, **beside)
         if place:
             axes.axhline(place - 0.5, color=GRID, linewidth=0.6, zorder=0)
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """A name that fits beside or below its marks."""
     return text if len(text) <= 21 else f"{text[:20]}…"
 
 
@@ -172,10 +190,11 @@ def span(rows: Iterable[Row]) -> tuple[float, float]:
     return (low, high) if high > low else (low, low + 1.0)
 
 
-def legend(figure: Figure, named: Style) -> None:
-    """What each colour and marker stands for, under the title."""
+def legend(figure: Figure, named: Style, *, line: float = 1.6) -> None:
+    """What each colour and marker stands for, under the title, in three columns; smaller where names are many."""
+    many = len(named) > 3
     handles = [
-        Line2D([], [], color=colour, marker=marker, linewidth=1.6, markersize=5.5, label=name)
+        Line2D([], [], color=colour, marker=marker, linewidth=line, markersize=5.5, label=name)
         for name, (colour, marker) in named.items()
     ]
     figure.legend(
@@ -186,9 +205,10 @@ def legend(figure: Figure, named: Style) -> None:
         frameon=False,
         borderpad=0,
         borderaxespad=0.3,
-        handlelength=1.4,
+        handlelength=1.4 if line else 0.8,
         handletextpad=0.4,
-        columnspacing=1.2,
+        columnspacing=0.9 if many else 1.2,
+        fontsize=8.8 if many else 9.5,
     )
 
 
@@ -196,7 +216,7 @@ def title(figure: Figure, text: str) -> None:
     figure.text(0.01, 1 - 0.06 / figure.get_figheight(), text, va="top", fontweight="bold")
 
 
-def render(figure: Figure, form: Literal["svg", "png", "pdf"]) -> bytes:
+def render(figure: Figure, form: Form) -> bytes:
     """A figure as the content of a file, whose bytes depend on what is drawn alone."""
     stream = io.BytesIO()
     with style():

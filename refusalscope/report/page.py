@@ -175,7 +175,8 @@ def inline(figure: Figure, prefix: str) -> Markup:
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(?<= id=")|(?<=url\(#)|(?<=href="#)', f"{prefix}-", text)
     text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", text, count=1)
-    for colour, name in ((drawing.INK, "ink"), (drawing.MUTED, "muted"), (drawing.GRID, "rule"), ("#ffffff", "ground")):
+    colours = {drawing.INK: "ink", drawing.MUTED: "muted", drawing.GRID: "rule", drawing.GROUND: "ground"}
+    for colour, name in colours.items():
         text = text.replace(f": {colour}", f": var(--{name})")
     return Markup(text)
 

@@ -1,7 +1,7 @@
 """One Finding in, its figures out; which study is drawn how. Computes no statistic, knows nothing of files and pages.
 
-The benchmark's figures stand in `benchmark_plots.py`; here are the small ones: curves over layers and nodes, and how
-well attributions predict effects.
+The benchmark's figures stand in `benchmark_plots.py` and `bars.py`; here are the small ones: curves over layers and
+nodes, and how well attributions predict effects.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from matplotlib.axes import Axes
 
 from refusalscope.core.types import Finding, Row
+from refusalscope.report import bars
 from refusalscope.report.benchmark_plots import benchmark
 from refusalscope.report.drawing import (
     BLUE,
@@ -173,6 +174,7 @@ def _expectation(axes: Axes, limit: float | None, place: int) -> None:
 
 DRAWERS: Mapping[str, Callable[[Finding], dict[str, Plot]]] = {
     "benchmark": benchmark,
+    "safety": bars.safety,
     "health": _health,
     "attribution": _attribution,
     "verification": _verification,
