@@ -371,6 +371,7 @@ def test_weights_are_gone_before_the_next_judge_comes():
         counts.append(len(held))
         judge.score(exchanges("tea"))
         counts.append(len(held))
+        assert not any(weight.requires_grad for model in held for weight in model.parameters())
     handle.remove()
     assert counts == [0, 1, 0, 1, 0, 1]
     assert not held
@@ -454,7 +455,7 @@ def test_what_goes_wrong_in_one_batch_costs_no_other_its_scores(monkeypatch):
     ("name", "settings", "told"),
     [
         ("harmbenc", {}, "unknown judge 'harmbenc': did you mean harmbench"),
-        ("wildguard", {"model": "nobody/nothing"}, "nobody/nothing is not in the local cache"),
+        ("harmbench", {"model": "nobody/nothing"}, "nobody/nothing is not in the local cache"),
         ("wildguard", {"revision": "abc"}, "is not in the local cache"),
         ("strongreject", {}, r"strongreject_finetuned` of the strong_reject package"),
         ("strongreject", {}, "--judge-template"),
@@ -468,6 +469,13 @@ def test_what_cannot_be_had_is_said_in_a_line_before_anything_is_judged(name, se
     with pytest.raises(ValueError, match=told) as raised:
         judges.opened([name, "harmbench"], Settings(device="cpu", **settings))
     assert "\n" not in str(raised.value)
+
+
+def test_one_checkpoint_cannot_stand_for_several(cache):
+    where = str(folder(cache, WILDGUARD))
+    with pytest.raises(ValueError, match=f"would take the place of {WILDGUARD} and of {LLAMA}"):
+        judges.opened(["wildguard", "harmbench"], Settings(device="cpu", model=where))
+    assert len([*judges.opened(["wildguard", "wildguard-refused"], Settings(device="cpu", model=where))]) == 2
 
 
 def test_an_adapter_says_that_it_needs_peft(monkeypatch, template):

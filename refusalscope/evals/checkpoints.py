@@ -144,6 +144,8 @@ class Reader:
 
         A word that no token is whole is known by its first piece.
         """
+        if not words:
+            return {}
         key = tuple(words)
         if key not in self._openings:
             texts = self.tokens(range(len(self.tokenizer)))

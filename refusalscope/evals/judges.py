@@ -107,7 +107,10 @@ def opened(names: Sequence[str], settings: Settings) -> Iterator[Judge]:
     `wildguard` and `wildguard-refused` share their model and its replies. Raises ValueError, one line, before any is
     yielded, for a name that is not known, and for a checkpoint, template or package that is not there.
     """
-    machines: dict[str, Any] = {}
+    own = sorted({row.repository for row in known() if row.name in names and row.repository})
+    if settings.model is not None and settings.url is None and len(own) > 1:
+        raise ValueError(f"--judge-model is one checkpoint, and would take the place of {' and of '.join(own)}")
+    machines: dict[tuple[str, bool], Any] = {}
     return _in_turn([_opened(name, settings, machines) for name in names])
 
 
@@ -130,7 +133,7 @@ def _in_turn(judges: Sequence[_Opened]) -> Iterator[Judge]:
             held.release()
 
 
-def _opened(name: str, settings: Settings, machines: dict[str, Any]) -> _Opened:
+def _opened(name: str, settings: Settings, machines: dict[tuple[str, bool], Any]) -> _Opened:
     table = {row.name: row for row in known()}
     if ":" in name.strip(":"):
         return _Opened(_function(name, settings))
@@ -143,7 +146,7 @@ def _opened(name: str, settings: Settings, machines: dict[str, Any]) -> _Opened:
     return _in_process(table[name], settings, machines)
 
 
-def _in_process(known: Known, settings: Settings, machines: dict[str, Any]) -> _Opened:
+def _in_process(known: Known, settings: Settings, machines: dict[tuple[str, bool], Any]) -> _Opened:
     from refusalscope.evals import checkpoints, classifiers
     from refusalscope.evals.local import Local, Sequences
     from refusalscope.evals.local_vllm import Vllm
@@ -152,14 +155,15 @@ def _in_process(known: Known, settings: Settings, machines: dict[str, Any]) -> _
     template = _template(known, settings, checkpoint.card)
     vllm = settings.engine == "vllm" and known.kind != "labels"
     size = settings.batch_size or (TOGETHER if vllm else BATCH)
-    if checkpoint.source not in machines:
+    key = (checkpoint.source, known.kind == "labels")
+    if key not in machines:
         placing = {"device": settings.device, "dtype": settings.dtype, "batch_size": size}
         if known.kind == "labels":
-            machines[checkpoint.source] = Sequences(checkpoint, **placing)
+            machines[key] = Sequences(checkpoint, **placing)
         else:
             engine = Vllm(checkpoint, dtype=settings.dtype) if vllm else Local(checkpoint, **placing)
-            machines[checkpoint.source] = classifiers.Remembering(engine)
-    machine = machines[checkpoint.source]
+            machines[key] = classifiers.Remembering(engine)
+    machine = machines[key]
     return _Opened(_classifier(known, machine, template, machine.reader, machine.about, size), machine)
 
 
