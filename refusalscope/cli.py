@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from refusalscope import cli_options as option
+
 if TYPE_CHECKING:
     from refusalscope.evals.judges import Settings
-    from refusalscope.pipeline.job import Job
     from refusalscope.pipeline.judge import Unscored
 
 app = typer.Typer(
@@ -27,227 +28,65 @@ testbed_app = typer.Typer(help="The embedded model.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(testbed_app, name="testbed")
 
-Model = Annotated[
-    str | None,
-    typer.Argument(
-        help="A preset (see `refusalscope models`), a Hugging Face repository or a folder. (default: testbed)"
-    ),
-]
-Name = Annotated[str | None, typer.Option(help="Name of the run folder below --runs; the model's name by default.")]
-Runs = Annotated[Path, typer.Option(help="Where run folders lie.")]
-Config = Annotated[Path | None, typer.Option(help="Options from a TOML file; the command line wins.")]
-Saes = Annotated[
-    str | None,
-    typer.Option(help="SAELens folders, {layer} for the layer's number; or owner/name:path in a Hub repository."),
-]
-SaeRelease = Annotated[str | None, typer.Option(help="A release of SAELens's registry.")]
-SaeId = Annotated[str | None, typer.Option(help="Which ids of the release, {layer} for the layer's number.")]
-Layers = Annotated[
-    list[str] | None, typer.Option("--layers", help="Use these layers' SAEs alone: 9, or 3,7, or 3-7; repeatable.")
-]
-System = Annotated[str | None, typer.Option(help="A system prompt for every chat.")]
-Thinking = Annotated[
-    str | None, typer.Option(help="Let a reasoning model think before it answers: on or off. (default: off)")
-]
-ChatTemplate = Annotated[Path | None, typer.Option(help="A chat template (Jinja) instead of the model's own.")]
-DeviceMap = Annotated[str | None, typer.Option(help="auto: split the model over all GPUs.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="auto, float32, bfloat16 or float16. (default: auto, float32 on the CPU)")
-]
-Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit, where bitsandbytes is installed.")]
-RemoteCode = Annotated[
-    bool | None, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")
-]
-PromptFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="A CSV, JSONL or JSON file of prompts, or a folder like refusal_direction's. "
-        "(default: data/refusal_direction, fetched if it is not there; the testbed's own)"
-    ),
-]
-Columns = Annotated[str | None, typer.Option(help="Your file's columns: text=NAME,label=NAME,category=NAME.")]
-Label = Annotated[str | None, typer.Option(help="Label of a file without a label column: harmful or harmless.")]
-Limit = Annotated[
-    int | None,
-    typer.Option(help="Prompts per set (testbed: 150, others: 100); fitting sets of the testbed keep 32 and 16."),
-]
-Dataset = Annotated[
-    list[str] | None, typer.Option("--dataset", help="Answer only this evaluation set, and a harmless one; repeatable.")
-]
-Protocol = Annotated[
-    str | None,
-    typer.Option(help="sound, or paper: as the published code does it, for one --dataset. (default: sound)"),
-]
-Full = Annotated[bool | None, typer.Option("--full", help="The testbed's whole grid; more sets, sizes and draws.")]
-SetSize = Annotated[int | None, typer.Option("--k", help="Features per set, K*. (default: 20)")]
-Sizes = Annotated[
-    list[str] | None,
-    typer.Option("--sizes", help="Set sizes K*: 10,20 or 10-15; repeatable. (default: 10,20,30,40,50)"),
-]
-Choose = Annotated[bool, typer.Option("--choose", help="Write the best strength to chosen.toml, for run --config.")]
-Method = Annotated[
-    list[str] | None,
-    typer.Option("--method", help="A feature set to make: see the docs for the six; repeatable. (default: three)"),
-]
-Value = Annotated[
-    list[float] | None, typer.Option("--value", help="What to set features to when inducing refusal; repeatable.")
-]
-Draws = Annotated[int | None, typer.Option(help="Random control sets. (default: 3, under --full 10)")]
-Factor = Annotated[
-    list[float] | None, typer.Option("--factor", help="Scaling factor to try on validation prompts; repeatable.")
-]
-Token = Annotated[list[str] | None, typer.Option(help="Refusal token, instead of finding it; repeatable.")]
-BestLayer = Annotated[int | None, typer.Option(help="Layer of the direction, instead of choosing it.")]
-KeepUnrefused = Annotated[bool | None, typer.Option("--keep-unrefused", help="Fit on prompts answered against label.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Where answers are cut off. (default: 256; the testbed 64)")]
-BatchSize = Annotated[int | None, typer.Option(help="Prompts per batch, instead of choosing it from memory.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps. (default: auto)")]
-Seed = Annotated[int | None, typer.Option(help="Seed of random sets and resamples. (default: 0)")]
-Judges = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--judge", help="Who scores the answers: see `refusalscope judges`; module:function; none. Repeatable."
-    ),
-]
-JudgeUrl = Annotated[str | None, typer.Option(help="An OpenAI-compatible server that runs the judges' models.")]
-JudgeModel = Annotated[
-    str | None, typer.Option(help="The model's name on the server; or a checkpoint instead of the judge's own.")
-]
-JudgeRevision = Annotated[str | None, typer.Option(help="Revision of the judge's repository, instead of the pinned.")]
-JudgeTemplate = Annotated[Path | None, typer.Option(help="The judge's instruction, instead of its model card's.")]
-JudgeEngine = Annotated[str | None, typer.Option(help="transformers or vllm. (default: transformers)")]
-JudgeQuestion = Annotated[
-    str | None,
-    typer.Option(help="What a rubric or module:function is asked: refused, harmful, coherent. (default: harmful)"),
-]
 
+def add_verb(verb: str, text: str) -> None:
+    """A command that drives the chain of its name; all take the same options, and share run folders.
 
-def run_chain(job: "Job") -> str:
-    """The whole job: each line one arrow. Returns the page's path in the run folder."""
-    from refusalscope.pipeline import explain, fit, measure, select, verify
-
-    fitted = fit.fit(job)
-    chosen = select.choose_features(job, fitted)
-    measure.run_benchmark(job, fitted, chosen)
-    measure.run_health(job, fitted)
-    measure.run_attribution(job, fitted, chosen)
-    explain.explain_features(job, fitted, chosen)
-    explain.explain_prompts(job, fitted, chosen)
-    if job.options.full:
-        verify.run_verification(job, fitted)
-    measure.describe_run(job, fitted)
-    return measure.write_report(job.store)
-
-
-def features_chain(job: "Job") -> str:
-    """The first half: a direction and feature sets."""
-    from refusalscope.pipeline import fit, select
-
-    select.choose_features(job, fit.fit(job))
-    return "features/table.json"
-
-
-def benchmark_chain(job: "Job") -> str:
-    """As `run`, without the health of the SAEs and the page."""
-    from refusalscope.pipeline import fit, measure, select
-
-    fitted = fit.fit(job)
-    measure.run_benchmark(job, fitted, select.choose_features(job, fitted))
-    measure.describe_run(job, fitted)
-    return "findings/benchmark.json"
-
-
-def verify_chain(job: "Job") -> str:
-    """Hold the attributions of this model to their oracles."""
-    from refusalscope.pipeline import fit, measure, verify
-
-    fitted = fit.fit(job)
-    verify.run_verification(job, fitted)
-    measure.describe_run(job, fitted)
-    return measure.write_report(job.store)
-
-
-def sweep_chain(job: "Job") -> str:
-    """Every set size and factor on validation prompts."""
-    from refusalscope.pipeline import fit, measure, select, sweep
-
-    fitted = fit.fit(job)
-    sweep.run_sweep(job, fitted, select.choose_features(job, fitted))
-    measure.describe_run(job, fitted)
-    return measure.write_report(job.store)
-
-
-def choosing_chain(job: "Job") -> str:
-    """As `sweep`, and the chosen strength becomes options for a run."""
-    from refusalscope.pipeline import sweep
-
-    page = sweep_chain(job)
-    sweep.write_choice(job)
-    return page
-
-
-def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
-    """A command that drives one chain; all chains take the same options, a sweep two more, and share run folders."""
+    Those that answer can be judged as well, and a sweep has two options of its own.
+    """
 
     def command(
-        model: Model = None,
-        name: Name = None,
-        runs: Runs = Path("runs"),
-        config: Config = None,
-        saes: Saes = None,
-        sae_release: SaeRelease = None,
-        sae_id: SaeId = None,
-        layers: Layers = None,
-        prompts: PromptFile = None,
-        columns: Columns = None,
-        label: Label = None,
-        limit: Limit = None,
-        datasets: Dataset = None,
-        protocol: Protocol = None,
-        full: Full = None,
-        k: SetSize = None,
-        methods: Method = None,
-        draws: Draws = None,
-        factors: Factor = None,
-        values: Value = None,
-        refusal_token: Token = None,
-        best_layer: BestLayer = None,
-        keep_unrefused: KeepUnrefused = None,
-        system: System = None,
-        thinking: Thinking = None,
-        chat_template: ChatTemplate = None,
-        max_new_tokens: MaxNewTokens = None,
-        batch_size: BatchSize = None,
-        device: Device = None,
-        device_map: DeviceMap = None,
-        dtype: Dtype = None,
-        quantize: Quantize = None,
-        trust_remote_code: RemoteCode = None,
-        seed: Seed = None,
-        judges: Judges = None,
-        judge_url: JudgeUrl = None,
-        judge_model: JudgeModel = None,
-        judge_revision: JudgeRevision = None,
-        judge_template: JudgeTemplate = None,
-        judge_engine: JudgeEngine = None,
-        judge_question: JudgeQuestion = None,
-        sizes: Sizes = None,
-        choose: Choose = False,
+        model: option.Model = None,
+        name: option.Name = None,
+        runs: option.Runs = Path("runs"),
+        config: option.Config = None,
+        saes: option.Saes = None,
+        sae_release: option.SaeRelease = None,
+        sae_id: option.SaeId = None,
+        layers: option.Layers = None,
+        prompts: option.PromptFile = None,
+        columns: option.Columns = None,
+        label: option.Label = None,
+        limit: option.Limit = None,
+        datasets: option.Dataset = None,
+        protocol: option.Protocol = None,
+        full: option.Full = None,
+        k: option.SetSize = None,
+        methods: option.Method = None,
+        draws: option.Draws = None,
+        factors: option.Factor = None,
+        values: option.Value = None,
+        refusal_token: option.Token = None,
+        best_layer: option.BestLayer = None,
+        keep_unrefused: option.KeepUnrefused = None,
+        system: option.System = None,
+        thinking: option.Thinking = None,
+        chat_template: option.ChatTemplate = None,
+        max_new_tokens: option.MaxNewTokens = None,
+        batch_size: option.BatchSize = None,
+        device: option.Device = None,
+        device_map: option.DeviceMap = None,
+        dtype: option.Dtype = None,
+        quantize: option.Quantize = None,
+        trust_remote_code: option.RemoteCode = None,
+        seed: option.Seed = None,
+        judges: option.Judges = None,
+        judge_url: option.JudgeUrl = None,
+        judge_model: option.JudgeModel = None,
+        judge_revision: option.JudgeRevision = None,
+        judge_template: option.JudgeTemplate = None,
+        judge_engine: option.JudgeEngine = None,
+        judge_question: option.JudgeQuestion = None,
+        sizes: option.Sizes = None,
+        choose: option.Choose = False,
     ) -> None:
         said = {key: value for key, value in locals().items() if value is not None}
         given = {key: value for key, value in said.items() if key in OPTION_NAMES}
         with one_clear_line(), progress_bar() as progress:
             # A batch size and a type of numbers are meant for the studied model.
             how = {key: said[key] for key in (*JUDGE_OPTIONS, "device") if key in said}
-            driven = choosing_chain if choose else chain
             drive(
-                driven,
-                given,
-                folder=(name, runs),
-                config=config,
-                progress=progress,
-                judging=how,
-                sweeps=verb == "sweep",
+                "choose" if choose else verb, given, folder=(name, runs), config=config, progress=progress, judging=how
             )
 
     if verb not in JUDGED:
@@ -278,29 +117,26 @@ OPTION_NAMES = frozenset(
         *("device_map", "dtype", "quantize", "trust_remote_code", "seed", "sizes"),
     )
 )
-add_verb("run", run_chain, "Find the features behind refusal, edit them, measure what changes, write the report.")
-add_verb("features", features_chain, "Only find the direction and the feature sets.")
-add_verb("verify", verify_chain, "Check on this model that attributions are computed right and predict interventions.")
-add_verb("benchmark", benchmark_chain, "As run, without the report.")
-add_verb(
-    "sweep", sweep_chain, "Try set sizes and strengths on validation prompts: refusal, coherence and cost of each."
-)
+add_verb("run", "Find the features behind refusal, edit them, measure what changes, write the report.")
+add_verb("features", "Only find the direction and the feature sets.")
+add_verb("verify", "Check on this model that attributions are computed right and predict interventions.")
+add_verb("benchmark", "As run, without the report.")
+add_verb("sweep", "Try set sizes and strengths on validation prompts: refusal, coherence and cost of each.")
 
 
 def drive(
-    chain: "Callable[[Job], str]",
+    verb: str,
     values: dict[str, Any],
     *,
     folder: tuple[str | None, Path],
     config: Path | None,
     progress: Callable[[str, int, int], None],
     judging: dict[str, Any],
-    sweeps: bool = False,
 ) -> None:
     """Make the options and the job, run the chain, have the answers judged, print where the result lies."""
     from transformers.utils import logging as transformers_logging
 
-    from refusalscope.pipeline import judge, options
+    from refusalscope.pipeline import chains, judge, options
     from refusalscope.pipeline.job import Job
 
     if "columns" in values:
@@ -309,6 +145,7 @@ def drive(
         values["layers"] = parse_numbers("--layers", values["layers"])
     if "sizes" in values:
         values["sizes"] = parse_numbers("--sizes", values["sizes"])
+    sweeps = verb in ("sweep", "choose")
     made = options.make(values, config, defaults=options.SWEEP if sweeps else {})
     names, settings = judge.asked(judging.get("judges", ())), judge_settings(judging)
     judge.check(names, settings)
@@ -317,7 +154,7 @@ def drive(
     name, runs = folder
     called = Path(made.model).resolve().name + ("-sweep" if sweeps else "")
     with closing(Job(made, runs / (name or called), progress)) as job:
-        path = job.run(chain)
+        path = job.run(chains.CHAINS[verb])
         if names:
             job.release()
             tell(judge.judge_run(job.store, names, settings, progress=progress))
@@ -385,7 +222,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 @app.command()
 def judge(
     run: Annotated[Path, typer.Argument(help="A run folder that `run` or `benchmark` has finished.")],
-    judges: Judges = None,
+    judges: option.Judges = None,
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -395,14 +232,14 @@ def judge(
     datasets: Annotated[
         list[str] | None, typer.Option("--dataset", help="Judge only the answers to this set; repeatable.")
     ] = None,
-    judge_url: JudgeUrl = None,
-    judge_model: JudgeModel = None,
-    judge_revision: JudgeRevision = None,
-    judge_template: JudgeTemplate = None,
-    judge_engine: JudgeEngine = None,
-    judge_question: JudgeQuestion = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    judge_url: option.JudgeUrl = None,
+    judge_model: option.JudgeModel = None,
+    judge_revision: option.JudgeRevision = None,
+    judge_template: option.JudgeTemplate = None,
+    judge_engine: option.JudgeEngine = None,
+    judge_question: option.JudgeQuestion = None,
+    device: option.Device = None,
+    dtype: option.Dtype = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Answers per batch of the judge.")] = None,
 ) -> None:
     """Score the answers of a run, adding to what is there; nothing is generated again."""

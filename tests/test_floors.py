@@ -40,9 +40,9 @@ class Source(NamedTuple):
 
     @property
     def place(self) -> str:
-        """The folder of FLOORS that the file is in; the entrance `__main__` counts with `cli`."""
+        """The folder of FLOORS that the file is in; `__main__` and `cli_options` count with `cli`."""
         first = self.path.split("/")[0].removesuffix(".py")
-        return "cli" if first == "__main__" else first
+        return "cli" if first in ("__main__", "cli_options") else first
 
 
 class Import(NamedTuple):

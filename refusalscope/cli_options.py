@@ -1,0 +1,100 @@
+"""The options of the command line that several verbs share: what each is called and what its help says."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="A preset (see `refusalscope models`), a Hugging Face repository or a folder. (default: testbed)"
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="Name of the run folder below --runs; the model's name by default.")]
+Runs = Annotated[Path, typer.Option(help="Where run folders lie.")]
+Config = Annotated[Path | None, typer.Option(help="Options from a TOML file; the command line wins.")]
+Saes = Annotated[
+    str | None,
+    typer.Option(help="SAELens folders, {layer} for the layer's number; or owner/name:path in a Hub repository."),
+]
+SaeRelease = Annotated[str | None, typer.Option(help="A release of SAELens's registry.")]
+SaeId = Annotated[str | None, typer.Option(help="Which ids of the release, {layer} for the layer's number.")]
+Layers = Annotated[
+    list[str] | None, typer.Option("--layers", help="Use these layers' SAEs alone: 9, or 3,7, or 3-7; repeatable.")
+]
+System = Annotated[str | None, typer.Option(help="A system prompt for every chat.")]
+Thinking = Annotated[
+    str | None, typer.Option(help="Let a reasoning model think before it answers: on or off. (default: off)")
+]
+ChatTemplate = Annotated[Path | None, typer.Option(help="A chat template (Jinja) instead of the model's own.")]
+DeviceMap = Annotated[str | None, typer.Option(help="auto: split the model over all GPUs.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="auto, float32, bfloat16 or float16. (default: auto, float32 on the CPU)")
+]
+Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit, where bitsandbytes is installed.")]
+RemoteCode = Annotated[
+    bool | None, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="A CSV, JSONL or JSON file of prompts, or a folder like refusal_direction's. "
+        "(default: data/refusal_direction, fetched if it is not there; the testbed's own)"
+    ),
+]
+Columns = Annotated[str | None, typer.Option(help="Your file's columns: text=NAME,label=NAME,category=NAME.")]
+Label = Annotated[str | None, typer.Option(help="Label of a file without a label column: harmful or harmless.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(help="Prompts per set (testbed: 150, others: 100); fitting sets of the testbed keep 32 and 16."),
+]
+Dataset = Annotated[
+    list[str] | None, typer.Option("--dataset", help="Answer only this evaluation set, and a harmless one; repeatable.")
+]
+Protocol = Annotated[
+    str | None,
+    typer.Option(help="sound, or paper: as the published code does it, for one --dataset. (default: sound)"),
+]
+Full = Annotated[bool | None, typer.Option("--full", help="The testbed's whole grid; more sets, sizes and draws.")]
+SetSize = Annotated[int | None, typer.Option("--k", help="Features per set, K*. (default: 20)")]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option("--sizes", help="Set sizes K*: 10,20 or 10-15; repeatable. (default: 10,20,30,40,50)"),
+]
+Choose = Annotated[bool, typer.Option("--choose", help="Write the best strength to chosen.toml, for run --config.")]
+Method = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="A feature set to make: see the docs for the six; repeatable. (default: three)"),
+]
+Value = Annotated[
+    list[float] | None, typer.Option("--value", help="What to set features to when inducing refusal; repeatable.")
+]
+Draws = Annotated[int | None, typer.Option(help="Random control sets. (default: 3, under --full 10)")]
+Factor = Annotated[
+    list[float] | None, typer.Option("--factor", help="Scaling factor to try on validation prompts; repeatable.")
+]
+Token = Annotated[list[str] | None, typer.Option(help="Refusal token, instead of finding it; repeatable.")]
+BestLayer = Annotated[int | None, typer.Option(help="Layer of the direction, instead of choosing it.")]
+KeepUnrefused = Annotated[bool | None, typer.Option("--keep-unrefused", help="Fit on prompts answered against label.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Where answers are cut off. (default: 256; the testbed 64)")]
+BatchSize = Annotated[int | None, typer.Option(help="Prompts per batch, instead of choosing it from memory.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps. (default: auto)")]
+Seed = Annotated[int | None, typer.Option(help="Seed of random sets and resamples. (default: 0)")]
+Judges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge", help="Who scores the answers: see `refusalscope judges`; module:function; none. Repeatable."
+    ),
+]
+JudgeUrl = Annotated[str | None, typer.Option(help="An OpenAI-compatible server that runs the judges' models.")]
+JudgeModel = Annotated[
+    str | None, typer.Option(help="The model's name on the server; or a checkpoint instead of the judge's own.")
+]
+JudgeRevision = Annotated[str | None, typer.Option(help="Revision of the judge's repository, instead of the pinned.")]
+JudgeTemplate = Annotated[Path | None, typer.Option(help="The judge's instruction, instead of its model card's.")]
+JudgeEngine = Annotated[str | None, typer.Option(help="transformers or vllm. (default: transformers)")]
+JudgeQuestion = Annotated[
+    str | None,
+    typer.Option(help="What a rubric or module:function is asked: refused, harmful, coherent. (default: harmful)"),
+]
