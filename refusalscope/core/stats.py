@@ -118,22 +118,25 @@ def rank_correlation(first: Sequence[float], second: Sequence[float], *, seed: i
     x, y = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if len(x) != len(y) or len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         raise ValueError(f"a rank correlation needs at least three pairs that vary, got {len(x)} and {len(y)} values")
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(x), size=(1000, len(x)))
-    again = [_spearman(x[draw], y[draw]) for draw in draws if np.ptp(x[draw]) > 0 and np.ptp(y[draw]) > 0]
-    low, high = np.quantile(again, (0.025, 0.975))
-    return Estimate(len(x), _spearman(x, y), float(low), float(high), 1.0)
+    draws = np.random.default_rng(seed).integers(len(x), size=(1000, len(x)))
+    again = _spearman(x, y, draws)
+    low, high = np.quantile(again[~np.isnan(again)], (0.025, 0.975))
+    return Estimate(len(x), float(_spearman(x, y, np.arange(len(x))[None])[0]), float(low), float(high), 1.0)
 
 
-def _spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    a, b = (ranks - ranks.mean() for ranks in (_ranks(x), _ranks(y)))
-    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+def _spearman(x: NDArray[np.float64], y: NDArray[np.float64], draws: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The correlation within every resample; NaN where one side does not vary there."""
+    a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (_ranks(x, draws), _ranks(y, draws)))
+    spread = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return np.divide((a * b).sum(1), spread, out=np.full(len(draws), np.nan), where=spread > 0)
 
 
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks with ties at their mean."""
-    ordered = np.sort(values)
-    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right") + 1) / 2
+def _ranks(values: NDArray[np.float64], draws: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Ranks within every resample, ties at their mean."""
+    _, place = np.unique(values, return_inverse=True)
+    drawn, counts = place[draws], np.zeros((len(draws), place.max() + 1))
+    np.add.at(counts, (np.arange(len(draws))[:, None], drawn), 1)
+    return np.take_along_axis(counts.cumsum(1) - (counts - 1) / 2, drawn, 1)
 
 
 def paired_p(
