@@ -6,7 +6,7 @@ Says what the rows say, also where the effect is absent; computes no statistic.
 from collections.abc import Mapping
 
 from refusalscope.core.types import Finding, Row
-from refusalscope.report.settings import DATASET_OF_STRENGTHS, factor
+from refusalscope.report.settings import DATASET_OF_STRENGTHS, factor, part
 
 PERCENT = (
     *("refused", "answered", "incoherent", "coherent", "complied", "refused_first_token", "refused_change"),
@@ -14,6 +14,7 @@ PERCENT = (
     *("refused_difference", "answered_difference", "complied_difference"),
     *("harmful", "harmful_change", "harmful_difference", "coherent_change", "coherent_difference"),
     *("agreement", "both", "first_only", "second_only", "neither"),
+    *("smallest_change", "smallest_difference"),
 )
 """Without the judge: `harmful:minos` is in per cent as `harmful` is."""
 
@@ -28,6 +29,27 @@ def number(row: Row) -> str:
 def interval(row: Row) -> str:
     """A row's 95% interval, in the units of `number`."""
     return "" if row.low is None or row.high is None else f"[{_figure(row, row.low)}, {_figure(row, row.high)}]"
+
+
+def after_holm(row: Row) -> str:
+    """A comparison's p after Holm's correction; empty where the row is in no family."""
+    if row.p_holm is None:
+        return ""
+    return (
+        "p < 0.001" if row.p_holm < 0.001 else f"p = {row.p_holm:.3f}" if row.p_holm < 0.1 else f"p = {row.p_holm:.2f}"
+    )
+
+
+def can_show(row: Row) -> str:
+    """A row of `smallest_change` or `smallest_difference` in a sentence."""
+    comparisons, discordant = part(row.setting, "comparisons"), part(row.setting, "discordant")
+    family = "a single comparison" if comparisons == 1 else f"Holm over {comparisons} comparisons"
+    if not row.n:
+        return f"{row.dataset}: too few prompts to show any difference with {family}."
+    return (
+        f"{row.dataset}: with n = {row.n} and {family} it takes {discordant} discordant prompts, all one way "
+        f"({number(row)} points)."
+    )
 
 
 def _figure(row: Row, value: float) -> str:

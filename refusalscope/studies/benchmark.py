@@ -152,7 +152,8 @@ def _smallest(rows: Sequence[Row], prompts: Mapping[str, Prompts]) -> list[Row]:
     made: dict[str, Row] = {}
     for (dataset, _), members in families.items():
         metric = "smallest_change" if members[0].metric == "refused_change" else "smallest_difference"
-        n, setting = min(row.n for row in members), f"comparisons={len(members)}"
+        kind = "set " if members[0].setting.startswith("set ") else ""
+        n, setting = min(row.n for row in members), f"{kind}comparisons={len(members)}"
         found, estimate = stats.smallest_difference(n, len(members)), Estimate(0, None, None, None, 0.0)
         if found and found[0] <= len(set(prompts[dataset].clusters)):
             setting = f"{setting} discordant={found[0]}"
