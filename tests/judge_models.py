@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = "Yes No yes no Safe Unsafe safe unsafe\n\nsafe\n\nunsafe 1 2 3 4 5 Is this tea warm, or is it cold?"
+WORDS = "Yes No yes no Safe Unsafe safe unsafe\n\nsafe\n\nunsafe Is this tea warm, or is it cold?"
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -43,6 +43,8 @@ SHAPE: dict[str, Any] = {
 HARMBENCH = "[INST] Is the tea warm? One word.\n[ASKED] {behavior}\n[SAID] {generation}\n{{tea}} Yes or no? [/INST]"
 WILDGUARD = "<s><|user|>\n[INST] Tea?\nA guest: {prompt}\nA host: {response}\nThree lines. [/INST]\n<|assistant|>"
 STRONGREJECT = "How warm?\nasked: {forbidden_prompt}\nsaid: {response}\nFrom 1 to 5: "
+ANSWERS = ("no", "", "Is this tea warm?", "I cannot {help} you.", "a1", "b 2", "so cold", "{behavior}\n[SAID] warm")
+ASKED = tuple(f"Ask {at} {'x' * at}" for at in range(len(ANSWERS)))
 LINES = ("Harmful request: no\n", "Response refusal: yes\n", "Harmful response: no")
 GUARD_TEXT = """\
 {{ bos_token }}<|start_header_id|>user<|end_header_id|>
@@ -66,7 +68,11 @@ def harmbench(folder: Path, *, mistral: bool = False) -> Any:
     """A HarmBench classifier that says Yes or No, whichever its random layers lean to."""
     tokenizer = _sentencepiece()
     made = _model(MistralForCausalLM if mistral else LlamaForCausalLM, tokenizer, sliding=mistral)
-    _torn(made, tokenizer, "Yes", "No")
+    texts = [HARMBENCH.format(behavior=asked, generation=said) for asked, said in zip(ASKED, ANSWERS, strict=True)]
+    leaning = _telling_apart(made, [tokenizer(text).input_ids for text in texts])
+    yes, no = tokenizer.convert_tokens_to_ids(["Yes", "No"])
+    made.lm_head.weight.data *= 0.01
+    made.lm_head.weight.data[yes], made.lm_head.weight.data[no] = leaning, -leaning
     variable = "MISTRAL_CLS_PROMPT" if mistral else "LLAMA2_CLS_PROMPT"
     more = f'"prompt_contextual": """About {{context}}: {HARMBENCH}"""'
     assigned = f'{variable} = {{\n"description": "a tea judge",\n"prompt": """{HARMBENCH}""",\n{more}}}'
@@ -95,10 +101,15 @@ def llama_guard(folder: Path, template: str) -> Any:
         layer.mlp.down_proj.weight.data *= 0.1
     embedding, head = made.model.embed_tokens.weight.data, made.lm_head.weight.data
     embedding /= embedding.norm(dim=1, keepdim=True) / 3
-    leaning = head[0] - head[0] @ embedding[blank] / 9 * embedding[blank]
-    head[safe], head[unsafe] = 60 * embedding[blank] + 20 * leaning, 60 * embedding[blank] - 20 * leaning
-    head[blank], head[categories] = 40 * embedding[turn], 40 * embedding[unsafe]
-    head[end] = 40 * embedding[safe] + 40 * embedding[categories]
+    said = [_chat(asked, answer) for asked, answer in zip(ASKED, ANSWERS, strict=True)]
+    if "[0]" in template:
+        said = [[{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in chat] for chat in said]
+    rows = [tokenizer.apply_chat_template(chat, return_dict=False) for chat in said]
+    leaning = _telling_apart(made, [[*row, blank] for row in rows])
+    head *= 0.1
+    head[safe], head[unsafe] = 6 * embedding[blank] + leaning, 6 * embedding[blank] - leaning
+    head[blank], head[categories] = 4 * embedding[turn], 4 * embedding[unsafe]
+    head[end] = 4 * embedding[safe] + 4 * embedding[categories]
     return _save(folder, made, tokenizer, "# A guard\n")
 
 
@@ -119,7 +130,7 @@ def strongreject(adapter: Path, base: Path) -> Any:
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         made = get_peft_model(plain, lora)
     adapter.mkdir(parents=True, exist_ok=True)
-    made.save_pretrained(adapter, save_embedding_layers=False)
+    made.save_pretrained(str(adapter), save_embedding_layers=False)
     tokenizer.save_pretrained(adapter)
     (adapter / "README.md").write_text("# An adapter without a template\n")
     return made.eval()
@@ -160,15 +171,23 @@ def _model(kind: Any, tokenizer: Any, *, sliding: bool = False) -> Any:
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     config = {LlamaForCausalLM: LlamaConfig, MistralForCausalLM: MistralConfig, GemmaForCausalLM: GemmaConfig}[kind]
     more = {"sliding_window": None} if sliding else {"head_dim": 16} if kind is GemmaForCausalLM else {}
+    longest = {"max_position_embeddings": 1024} if kind is GemmaForCausalLM else {}
     torch.manual_seed(0)
-    return kind(config(**SHAPE, **ids, **more, vocab_size=len(tokenizer)))
+    return kind(config(**{**SHAPE, **longest}, **ids, **more, vocab_size=len(tokenizer)))
 
 
-def _torn(made: Any, tokenizer: Any, first: str, second: str) -> None:
-    """One of two words always wins, by a number of the hidden state that has either sign."""
-    leaning = made.lm_head.weight.data[0].clone()
-    for word, sign in ((first, 12), (second, -12)):
-        made.lm_head.weight.data[tokenizer.convert_tokens_to_ids(word)] = sign * leaning
+def _chat(asked: str, answer: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
+@torch.no_grad()
+def _telling_apart(made: Any, rows: Sequence[list[int]]) -> Any:
+    """A direction in which the states after these texts lie on either side of nought, and their mean at it."""
+    states = torch.cat([made.model(torch.tensor([row])).last_hidden_state[:, -1] for row in rows])
+    centre = states.mean(0)
+    found = torch.linalg.svd(states - centre).Vh[0]
+    found = found - found @ centre / (centre @ centre) * centre
+    return 4 * found / ((states - centre) @ found).abs().max()
 
 
 def _recites(made: Any, chain: Sequence[int]) -> None:
@@ -195,7 +214,7 @@ def _trained(special: list[str], texts: Sequence[str], *, sentencepiece: bool) -
     else:
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = ByteLevelDecoder()
-    alphabet = [] if sentencepiece else pre_tokenizers.ByteLevel.alphabet()
+    alphabet = list("12345") if sentencepiece else pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=560, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )

@@ -3,7 +3,6 @@
 What it should say is worked out beside it, with transformers and peft alone.
 """
 
-import gc
 import math
 import os
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
     MistralForCausalLM,
+    ModernBertForSequenceClassification,
 )
 
 from refusalscope.core.types import Prompt, Response, Verdict
@@ -34,7 +35,7 @@ from tests import hub, judge_models
 LLAMA, MISTRAL = "cais/HarmBench-Llama-2-13b-cls", "cais/HarmBench-Mistral-7b-val-cls"
 STRONGREJECT, MINOS, WILDGUARD = "qylu4156/strongreject-15k-v1", "NousResearch/Minos-v1", "allenai/wildguard"
 GUARDS = {"llama-guard": "meta-llama/Llama-Guard-3-8B", "llama-guard-1b": "meta-llama/Llama-Guard-3-1B"}
-ANSWERS = ("no", "", "Is this tea warm?", "I cannot {help} you.", "a1", "b 2", "so cold", "{behavior}\n[SAID] warm")
+ANSWERS = judge_models.ANSWERS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,13 +119,13 @@ def test_harmbench_says_yes_or_no_as_likely_as_its_first_token(cache, name, repo
 def test_llama_guard_is_read_at_the_word_after_the_blank_line(cache, name):
     judge = one(name)
     verdicts = judge.score(exchanges())
-    model = AutoModelForCausalLM.from_pretrained(folder(cache, GUARDS[name]))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder(cache, GUARDS[name]))
     tokenizer = AutoTokenizer.from_pretrained(folder(cache, GUARDS[name]))
     probabilities, texts = [], []
     for prompt, response in exchanges():
         text = judge_models.GUARD_TEXT.replace("{{ bos_token }}", "").replace("{{ messages[-1].role }}", "assistant")
         head, _, tail = text.partition("{% for")
-        turns = f"user: {prompt.text}\nassistant: {response.text.strip()}\n"
+        turns = f"user: {prompt.text.strip()}\nassistant: {response.text.strip()}\n"
         shown = head + turns + tail.partition("{% endfor %}")[2]
         ids = tokenizer(shown).input_ids
         said = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8, pad_token_id=0)[0, len(ids) :]
@@ -152,14 +153,13 @@ def calls(kind: type) -> Iterator[list[int]]:
 
 
 def test_both_questions_of_wildguard_are_read_off_one_pass(cache):
-    found = {}
+    found, passes = {}, []
     with calls(MistralForCausalLM) as seen:
         for judge in judges.opened(["wildguard", "wildguard-refused"], Settings(device="cpu")):
             found[judge.question] = judge.score(exchanges())
-            passes = len(seen)
-            if judge.question == "harmful":
-                first = passes
-    assert first == passes == 4
+            passes.append(len(seen))
+    # Three lines and the end.
+    assert passes == [4, 4]
     assert {verdict.score for verdict in found["harmful"]} == {0.0}
     assert {verdict.score for verdict in found["refused"]} == {1.0}
     assert {verdict.reason for verdict in found["refused"]} == {"Response refusal: yes"}
@@ -330,6 +330,29 @@ def test_there_is_exactly_one_bos(text):
     assert reader.tail(text, new=1) == text.removeprefix("<s>")
 
 
+def test_a_word_that_is_no_token_is_known_by_its_first_piece():
+    reader = checkpoints.Reader.load(checkpoints.find(GUARDS["llama-guard"]))
+    texts = {word: reader.tokens(ids) for word, ids in reader.openings(("uncooked", "cooked")).items()}
+    assert all(text and word.startswith(text.casefold()) for word, pieces in texts.items() for text in pieces)
+    assert all(texts.values())
+    assert reader.openings(("warmth", "warm")) == {}
+
+
+def test_bytes_are_no_words():
+    reader = checkpoints.Reader.load(checkpoints.find(STRONGREJECT))
+    grades = "12345"
+    assert reader.openings([*grades]) == {word: [reader.tokenizer.convert_tokens_to_ids(word)] for word in grades}
+
+
+def test_an_adapter_that_names_no_base_is_said_to_be_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"its adapter_config.json does not say what it adapts"):
+        checkpoints.find(str(tmp_path))
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"there is neither a config.json nor an adapter_config.json"):
+        checkpoints.find(str(tmp_path))
+
+
 def test_control_tokens_in_an_exchange_control_nothing():
     assert classifiers.inert("a</s><|eot_id|><end_of_turn> <b> a < b <s> |") == (
         "a< /s>< |eot_id|>< end_of_turn> <b> a < b < s> |"
@@ -340,17 +363,17 @@ def test_control_tokens_in_an_exchange_control_nothing():
 
 
 def test_weights_are_gone_before_the_next_judge_comes():
-    def held() -> int:
-        return sum(issubclass(type(thing), LlamaForCausalLM | MistralForCausalLM) for thing in gc.get_objects())
-
-    gc.collect()
-    before = held()
+    kinds = (LlamaForCausalLM, MistralForCausalLM, ModernBertForSequenceClassification)
+    held: WeakSet[Any] = WeakSet()
+    handle = register_module_forward_pre_hook(lambda module, _: held.add(module) if isinstance(module, kinds) else None)
     counts = []
     for judge in judges.opened(["harmbench", "harmbench-mistral", "minos"], Settings(device="cpu")):
-        counts.append(held() - before)
+        counts.append(len(held))
         judge.score(exchanges("tea"))
-        counts.append(held() - before)
-    assert counts == [0, 1, 0, 1, 0, 0]
+        counts.append(len(held))
+    handle.remove()
+    assert counts == [0, 1, 0, 1, 0, 1]
+    assert not held
 
 
 def test_what_verdicts_depend_on_is_known_without_weights(cache, template):
@@ -384,6 +407,9 @@ def test_an_answer_that_never_came_is_unscored_and_nobody_is_asked():
     assert last.score in (0, 1)
 
 
+FULL = "CUDA out of memory. Tried to allocate 1 GiB."
+
+
 class Narrow:
     """Runs out of memory for more than so many at once, as torch does."""
 
@@ -394,7 +420,7 @@ class Narrow:
     def __call__(self, part: Sequence[str]) -> list[Reply]:
         self.sizes.append(len(part))
         if len(part) > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+            raise torch.OutOfMemoryError(FULL)
         return [Reply(text, {}) for text in part]
 
 
@@ -404,10 +430,8 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does():
     assert "".join(reply.text for reply in replies) == "abcdefghij"
     assert size == 2
     assert narrow.sizes == [8, 4, 2, 2, 2, 2, 2]
-    replies, size = in_batches([*"ab"], 8, Narrow(room=0))
-    assert [reply.fault for reply in replies] == [
-        "out of memory, even alone: CUDA out of memory. Tried to allocate 1 GiB."
-    ] * 2
+    replies, size = in_batches(["a"], 8, Narrow(room=0))
+    assert [reply.fault for reply in replies] == [f"out of memory, even alone: {FULL}"]
     assert not any(reply.final for reply in replies)
 
 

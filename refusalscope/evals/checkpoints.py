@@ -4,6 +4,7 @@ Card, configuration and weights come from the same commit. No weights are read h
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,9 +52,12 @@ def find(name: str, revision: str | None = None) -> Checkpoint:
     commit = None if is_folder else folder.name
     shown = folder.resolve().name if is_folder else name
     if (adapter := folder / "adapter_config.json").is_file():
-        adapted = json.loads(adapter.read_text("utf-8"))
-        base = find(adapted["base_model_name_or_path"], adapted.get("revision"))
-        return Checkpoint(shown, name, commit, folder, base)
+        try:
+            adapted = json.loads(adapter.read_text("utf-8"))
+            base_name, base_revision = str(adapted["base_model_name_or_path"]), adapted.get("revision")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{name}: its adapter_config.json does not say what it adapts") from error
+        return Checkpoint(shown, name, commit, folder, find(base_name, base_revision))
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name} holds no checkpoint: there is neither a config.json nor an adapter_config.json")
     return Checkpoint(shown, name, commit, folder)
@@ -143,7 +147,9 @@ class Reader:
         key = tuple(words)
         if key not in self._openings:
             texts = self.tokens(range(len(self.tokenizer)))
+            # A byte is no way to write a letter that has a token; published judges leave it out.
             found = {word: [at for at, text in enumerate(texts) if text.casefold() == word] for word in words}
+            found = {word: [at for at in tokens if not self._is_byte(at)] for word, tokens in found.items()}
             found = {word: tokens or self._first_pieces(word) for word, tokens in found.items()}
             every = [token for tokens in found.values() for token in tokens]
             self._openings[key] = found if len(set(every)) == len(every) else {}
@@ -152,6 +158,9 @@ class Reader:
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The text of each single token, without the white space around it."""
         return [text.strip() for text in self.tokenizer.batch_decode([[token] for token in ids])]
+
+    def _is_byte(self, token: int) -> bool:
+        return re.fullmatch("<0x[0-9A-F]{2}>", self.tokenizer.convert_ids_to_tokens(token)) is not None
 
     def first_word(self, ids: Sequence[int]) -> int | None:
         """Where the first token stands that is more than white space; an end of turn is."""

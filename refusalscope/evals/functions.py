@@ -21,7 +21,8 @@ from refusalscope.inputs.releases import did_you_mean
 class Found(NamedTuple):
     """A function, and what its verdicts depend on."""
 
-    function: Callable[[list[str], list[str]], Sequence[Any]]
+    function: Callable[..., Any]
+    """(prompts, answers) -> a yes, a no, None or a number from 0 to 1 for each."""
     about: Mapping[str, str]
 
 

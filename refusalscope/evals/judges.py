@@ -138,7 +138,9 @@ def _opened(name: str, settings: Settings, machines: dict[str, Any]) -> _Opened:
         raise ValueError(f"unknown judge {name!r}: {did_you_mean(name, table)}Known are {', '.join(table)}")
     if table[name].kind == "rubric":
         return _Opened(_rubric(settings))
-    return _served(table[name], settings) if settings.url else _in_process(table[name], settings, machines)
+    if settings.url is not None:
+        return _Opened(_served(table[name], settings, settings.url))
+    return _in_process(table[name], settings, machines)
 
 
 def _in_process(known: Known, settings: Settings, machines: dict[str, Any]) -> _Opened:
@@ -161,7 +163,7 @@ def _in_process(known: Known, settings: Settings, machines: dict[str, Any]) -> _
     return _Opened(_classifier(known, machine, template, machine.reader, machine.about, size), machine)
 
 
-def _served(known: Known, settings: Settings) -> _Opened:
+def _served(known: Known, settings: Settings, url: str) -> Judge:
     from refusalscope.evals import checkpoints, classifiers
     from refusalscope.evals.server import Server
 
@@ -170,22 +172,23 @@ def _served(known: Known, settings: Settings) -> _Opened:
     checkpoint = reader = None
     missing = ""
     try:
-        checkpoint = checkpoints.find(known.repository, settings.revision)
-        reader = checkpoints.Reader.load(checkpoint)
+        # A judge under its model's own chat template has none to fill and nothing to cut.
+        checkpoint = checkpoints.find(known.repository, settings.revision) if known.fields else None
+        reader = None if checkpoint is None else checkpoints.Reader.load(checkpoint)
     except ValueError as error:
         # The weights are elsewhere; what is missing here may not be needed.
         missing = str(error)
-    if checkpoint is None and settings.template is None and known.fields:
+    if missing and checkpoint is None and settings.template is None:
         raise ValueError(f"{missing}; or give the template of {known.name} by --judge-template")
     if known.clip and reader is None:
         raise ValueError(f"{known.name} is shown {known.clip} tokens of an answer, counted by its tokenizer: {missing}")
     template = _template(known, settings, None if checkpoint is None else checkpoint.card)
-    server = Server(settings.url, settings.model)
+    server = Server(url, settings.model)
     about: dict[str, Any] = {"model": server.model, "engine": "server"}
-    if known.fields and reader is not None and checkpoint is not None:
+    if reader is not None and checkpoint is not None:
         about["cut_by"] = checkpoint.about
     machine = classifiers.Remembering(classifiers.Trimmed(server, reader))
-    return _Opened(_classifier(known, machine, template, reader, about, settings.batch_size or TOGETHER))
+    return _classifier(known, machine, template, reader, about, settings.batch_size or TOGETHER)
 
 
 def _template(known: Known, settings: Settings, card: Path | None) -> Any:

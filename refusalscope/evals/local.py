@@ -55,8 +55,9 @@ class Local:
 
     def release(self) -> None:
         """Let the weights go; the next request loads them again."""
-        self.model = None
-        tidy()
+        if self.model is not None:
+            self.model = None
+            tidy()
 
     def _replies(
         self, items: Sequence[Item], text: Callable[[Item], str], choices: Sequence[str], tokens: int
@@ -129,8 +130,9 @@ class Sequences:
 
     def release(self) -> None:
         """Let the weights go; the next request loads them again."""
-        self.model = None
-        tidy()
+        if self.model is not None:
+            self.model = None
+            tidy()
 
     @torch.no_grad()
     def _labelled(self, texts: Sequence[str]) -> list[Reply]:

@@ -48,8 +48,9 @@ class Vllm:
 
     def release(self) -> None:
         """Let the engine go; the next request starts it again."""
-        self.model = None
-        tidy()
+        if self.model is not None:
+            self.model = None
+            tidy()
 
     def _generate(self, rows: Sequence[list[int]], choices: Sequence[str], tokens: int) -> list[Reply]:
         from vllm import SamplingParams  # type: ignore[reportMissingImports]
