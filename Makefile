@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip --disable-pip-version-check --quiet
+WORKERS ?= 2
 TORCH := $(shell grep '^torch==' requirements.lock)
 INSTALLED := .venv/.installed
 
@@ -10,8 +11,9 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/refusalscope run testbed --name demo
 
+# A file's tests share what they have made, so a file stays with one worker.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -4,15 +4,18 @@ Stages are imported inside the commands, so that `--help` answers at once.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from refusalscope.evals.judges import Settings
     from refusalscope.pipeline.job import Job
+    from refusalscope.pipeline.judge import Unscored
 
 app = typer.Typer(
     help="Show why a chat model refuses, with sparse autoencoders.",
@@ -95,6 +98,23 @@ MaxNewTokens = Annotated[int | None, typer.Option(help="Where answers are cut of
 BatchSize = Annotated[int | None, typer.Option(help="Prompts per batch, instead of choosing it from memory.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps. (default: auto)")]
 Seed = Annotated[int | None, typer.Option(help="Seed of random sets and resamples. (default: 0)")]
+Judges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge", help="Who scores the answers: see `refusalscope judges`; module:function; none. Repeatable."
+    ),
+]
+JudgeUrl = Annotated[str | None, typer.Option(help="An OpenAI-compatible server that runs the judges' models.")]
+JudgeModel = Annotated[
+    str | None, typer.Option(help="The model's name on the server; or a checkpoint instead of the judge's own.")
+]
+JudgeRevision = Annotated[str | None, typer.Option(help="Revision of the judge's repository, instead of the pinned.")]
+JudgeTemplate = Annotated[Path | None, typer.Option(help="The judge's instruction, instead of its model card's.")]
+JudgeEngine = Annotated[str | None, typer.Option(help="transformers or vllm. (default: transformers)")]
+JudgeQuestion = Annotated[
+    str | None,
+    typer.Option(help="What a rubric or module:function is asked: refused, harmful, coherent. (default: harmful)"),
+]
 
 
 def run_chain(job: "Job") -> str:
@@ -180,14 +200,38 @@ def add_verb(verb: str, chain: "Callable[[Job], str]", text: str) -> None:
         quantize: Quantize = None,
         trust_remote_code: RemoteCode = None,
         seed: Seed = None,
+        judges: Judges = None,
+        judge_url: JudgeUrl = None,
+        judge_model: JudgeModel = None,
+        judge_revision: JudgeRevision = None,
+        judge_template: JudgeTemplate = None,
+        judge_engine: JudgeEngine = None,
+        judge_question: JudgeQuestion = None,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key in OPTION_NAMES and value is not None}
+        said = {key: value for key, value in locals().items() if value is not None}
+        given = {key: value for key, value in said.items() if key in OPTION_NAMES}
         with one_clear_line(), progress_bar() as progress:
-            drive(chain, given, folder=(name, runs), config=config, progress=progress)
+            # A batch size and a type of numbers are meant for the studied model.
+            how = {key: said[key] for key in (*JUDGE_OPTIONS, "device") if key in said}
+            drive(chain, given, folder=(name, runs), config=config, progress=progress, judging=how)
 
+    if verb not in JUDGED:
+        hide(command, JUDGE_OPTIONS)
     app.command(verb, help=text)(command)
 
 
+def hide(command: Callable[..., None], names: Iterable[str]) -> None:
+    """Take parameters from what the command line shows and accepts of a command."""
+    whole = signature(command)
+    kept = [part for name, part in whole.parameters.items() if name not in names]
+    vars(command)["__signature__"] = whole.replace(parameters=kept)
+
+
+JUDGED = ("run", "benchmark")
+"""Verbs that answer, so that there is something to judge."""
+JUDGE_OPTIONS = frozenset(
+    ("judges", "judge_url", "judge_model", "judge_revision", "judge_template", "judge_engine", "judge_question")
+)
 OPTION_NAMES = frozenset(
     (
         *("model", "saes", "sae_release", "sae_id", "layers", "prompts", "columns", "label", "limit", "datasets"),
@@ -209,11 +253,12 @@ def drive(
     folder: tuple[str | None, Path],
     config: Path | None,
     progress: Callable[[str, int, int], None],
+    judging: dict[str, Any],
 ) -> None:
-    """Make the options and the job, run the chain, print where its result lies."""
+    """Make the options and the job, run the chain, have the answers judged, print where the result lies."""
     from transformers.utils import logging as transformers_logging
 
-    from refusalscope.pipeline import options
+    from refusalscope.pipeline import judge, options
     from refusalscope.pipeline.job import Job
 
     if "columns" in values:
@@ -221,13 +266,44 @@ def drive(
     if "layers" in values:
         values["layers"] = parse_layers(values["layers"])
     made = options.make(values, config)
+    names, settings = judge.asked(judging.get("judges", ())), judge_settings(judging)
+    judge.check(names, settings)
     # Its bars for loading weights would run into ours.
     transformers_logging.disable_progress_bar()
     name, runs = folder
     with closing(Job(made, runs / (name or Path(made.model).resolve().name), progress)) as job:
         path = job.run(chain)
+        if names:
+            job.release()
+            tell(judge.judge_run(job.store, names, settings, progress=progress))
         job.finish()
     print(job.store.root / path)
+
+
+def judge_settings(said: dict[str, Any]) -> "Settings":
+    """How judges are run, from the options of judging. Raises ValueError for a word that is no choice."""
+    from refusalscope.evals.judges import Settings
+
+    for key, choices in JUDGE_CHOICES.items():
+        if said.get(key, choices[0]) not in choices:
+            raise ValueError(f"--{key.replace('_', '-')} {said[key]!r}: choose one of {', '.join(choices)}")
+    names = {key: key.removeprefix("judge_") for key in (*JUDGE_OPTIONS, "device", "dtype", "batch_size")}
+    return Settings(**{own: said[key] for key, own in names.items() if key in said and key != "judges"})
+
+
+JUDGE_CHOICES = {
+    "judge_engine": ("transformers", "vllm"),
+    "judge_question": ("harmful", "refused", "coherent"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
+
+def tell(left: "Sequence[Unscored]") -> None:
+    """What was left without a score, on standard error: the rest is usable."""
+    for one in left:
+        why = one.reason or "no reason given"
+        print(f"{one.judge}: {one.unscored} of {one.answers} answers unscored, mostly: {why}", file=sys.stderr)
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -299,6 +375,59 @@ def capability(
 def split(text: str) -> tuple[str, ...]:
     """`a, b` as ("a", "b")."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+@app.command()
+def judge(
+    run: Annotated[Path, typer.Argument(help="A run folder that `run` or `benchmark` has finished.")],
+    judges: Judges = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="A person's labels, CSV or JSONL: dataset, method, setting, prompt_id; refused, harmful, ..."
+        ),
+    ] = None,
+    datasets: Annotated[
+        list[str] | None, typer.Option("--dataset", help="Judge only the answers to this set; repeatable.")
+    ] = None,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_revision: JudgeRevision = None,
+    judge_template: JudgeTemplate = None,
+    judge_engine: JudgeEngine = None,
+    judge_question: JudgeQuestion = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Answers per batch of the judge.")] = None,
+) -> None:
+    """Score the answers of a run, adding to what is there; nothing is generated again."""
+    said = {key: value for key, value in locals().items() if value is not None}
+    with one_clear_line(), progress_bar() as progress:
+        from refusalscope.core.store import Store
+        from refusalscope.pipeline import judge as judging
+
+        if not judges and labels is None:
+            raise ValueError("nothing to judge by: name a judge with --judge, or a person's labels with --labels")
+        store, settings = Store(run), judge_settings(said)
+        with store.claim:
+            left = judging.judge_run(store, judges or [], settings, labels=labels, datasets=datasets, progress=progress)
+        tell(left)
+        print(run / judging.SAFETY)
+
+
+@app.command("judges")
+def list_judges() -> None:
+    """List who can score answers: name, question, what it is."""
+    with one_clear_line():
+        from refusalscope.evals import judges, rules
+
+        for known in judges.known():
+            weights = f", {known.memory:g} GB" if known.memory else ""
+            about = ", ".join(part for part in (known.repository, known.licence) if part)
+            more = [f"{'':28}{about}{weights}"] if about else []
+            print(f"{known.name:18}{known.question:10}{known.what}", *more, sep="\n")
+        for name, (question, _) in rules.RULES.items():
+            print(f"{name:18}{question:10}{rules.WHAT[name]}")
 
 
 @app.command()

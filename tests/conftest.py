@@ -9,8 +9,9 @@ from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
-# torch reads this when it is first imported; one thread count keeps the order of its sums the same on every machine.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# torch reads this when it is first imported. One count keeps the order of its sums the same on every machine, and one
+# thread is as quick as two on models this small: cores are for further workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 install_import_hook("refusalscope", "beartype.beartype")
 

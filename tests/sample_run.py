@@ -96,7 +96,10 @@ def make_run(folder, benchmark, health):
 def new_benchmark_rows():
     """Methods compared in pairs, and refusal induced by setting features to a value."""
     pair = "cosine+attribution vs random"
-    rows = [rate("harmful", pair, metric, "k=20", 0.3, width=0.1) for metric in DIFFERENCES]
+    tested = {"p": 0.004, "family": "refused: cosine+attribution against every other method", "p_holm": 0.024}
+    rows = [replace(rate("harmful", pair, metric, "k=20", 0.3, width=0.1), **tested) for metric in DIFFERENCES]
+    rows += [rate("harmful", "any", "smallest_difference", "comparisons=6 discordant=8", 8 / 150, n=150, width=0)]
+    rows += [rate("harmful", "any", "smallest_change", "comparisons=9", None)]
     rows += [rate("harmless", "direction", metric, "add", share) for metric, share in INDUCED.items()]
     for method, slope in (("cosine+attribution", 0.4), ("random", 0.02)):
         for value in (0.25, 0.5, 1, 2):

@@ -314,7 +314,22 @@ def test_values_set_stand_apart_from_the_outcomes(full_html):
     assert induced.index("<figure>") < induced.index("<details>") < induced.index("v = 0.25, k = 20")
     compared = full_html[full_html.index('id="compared"') : full_html.index('id="induced"')]
     assert "cosine+attribution vs random" in compared
-    assert "30.0 <small>[20.0, 40.0]</small>" in compared
+    assert "30.0 <small>[20.0, 40.0]</small> <small>p = 0.024</small>" in compared
+
+
+def test_the_smallest_difference_stands_under_its_table(html, full_html):
+    line = "harmful: with n = 150 and Holm over 6 comparisons it takes 8 discordant prompts, all one way (5.3 points)."
+    outcomes, compared = (full_html.index(f'id="{name}"') for name in ("results", "compared"))
+    assert full_html.index("</table>", compared) < full_html.index(line) < full_html.index('id="induced"')
+    few = "harmful: too few prompts to show any difference with Holm over 9 comparisons."
+    assert full_html.index("</table>", outcomes) < full_html.index(few) < compared
+    assert full_html.count("smallest_") == 0
+    assert "The smallest difference" not in html
+
+
+@pytest.mark.parametrize(("p", "said"), [(None, ""), (0.0004, "p < 0.001"), (0.0301, "p = 0.030"), (1.0, "p = 1.00")])
+def test_a_p_value_is_said_in_three_figures(p, said):
+    assert sentences.after_holm(replace(rate("d", "m", "refused_change", "", 0.1), p_holm=p)) == said
 
 
 def test_figures_of_the_new_studies(benchmark):

@@ -234,7 +234,14 @@ def test_where_the_limit_came_before_the_answer_nothing_is_scored() -> None:
     (row,) = rules.judge(
         prompts, Responses("set", "base", "", (thinking,)), refusal_tokens=[5], cut_off_counts=True
     ).rows
-    assert set(row.scores) == {*rules.OUTCOMES, "coherent", "refused_first_token", "reasoning_refused", "complied"}
+    assert set(row.scores) == {
+        *rules.OUTCOMES,
+        "coherent",
+        "refused_first_token",
+        "reasoning_refused",
+        "complied",
+        "refusal_truth",
+    }
     assert all(math.isnan(score) for score in row.scores.values())
     assert set(row.reasons.values()) == {"no answer: still reasoning at the limit"}
     ended = replace(thinking, finish="end")

@@ -1,7 +1,7 @@
 """What a judge's model runs on: text in, a reply out, whichever engine it is."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
 class Reply(NamedTuple):
@@ -20,6 +20,7 @@ Message = Mapping[str, str]
 """`role` and `content`."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Greedy replies, one per request in order. A request that fails is a reply with a fault, never an exception."""
 

@@ -4,11 +4,14 @@ A run that is complete, or a report that is rebuilt, loads neither model nor SAE
 names under which their batch sizes are kept.
 """
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
@@ -271,6 +274,14 @@ class Job:
             }
             self.store.put("environment.json", "", about)
 
+    def release(self) -> None:
+        """Let go of the model and the SAEs, for whatever needs their memory next; they are loaded again on demand."""
+        for machine in ("model", "saes"):
+            self.__dict__.pop(machine, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def close(self) -> None:
         """Let other processes have the folder."""
         self.store.claim.release()
@@ -278,8 +289,6 @@ class Job:
 
 def choose_batch_size(model: ChatModel) -> int:
     """The largest power of two, at most 64, whose gradient step fits in a quarter of the memory that is free."""
-    import torch
-
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
     else:

@@ -104,6 +104,8 @@ class Options(BaseModel):
 def make(values: dict[str, Any], config: Path | None) -> Options:
     """Options from a TOML file and the command line, which wins. Raises ValueError, one line, on any fault."""
     saved = {} if config is None else read_toml(config)
+    if chosen := sorted(key for key in saved if key.startswith("judge") or key == "labels"):
+        raise ValueError(f"{config}: {chosen[0]} is for the command line alone: name judges with --judge")
     # A run folder's own options.toml is a valid configuration: what that run derived is derived anew.
     merged = {**{key: value for key, value in saved.items() if key != "derived"}, **values}
     try:

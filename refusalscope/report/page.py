@@ -18,14 +18,14 @@ from matplotlib.figure import Figure
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
 from refusalscope.core.types import Direction, Finding, Prompts, Responses
-from refusalscope.report import capability, drawing, features, prompts, verdict
+from refusalscope.report import capability, drawing, features, judging, prompts, verdict
 from refusalscope.report.benchmark_plots import COSTS
 from refusalscope.report.drawing import Plot
 from refusalscope.report.examples import examples
 from refusalscope.report.plots import plots
-from refusalscope.report.sentences import PERCENT, answer, interval, number
+from refusalscope.report.sentences import PERCENT, after_holm, answer, can_show, interval, number
 from refusalscope.report.settings import readable
-from refusalscope.report.tables import benchmark_tables, table
+from refusalscope.report.tables import benchmark_tables, smallest, table
 from refusalscope.report.tokens import visible
 
 
@@ -59,6 +59,7 @@ def write(store: Store) -> str:
             else (),
             notes=hide(list(dict.fromkeys(notes))),
             tables=benchmark_tables(benchmark),
+            smallest=smallest(benchmark),
             findings={finding.study: finding for finding in findings},
             direction=direction,
             features=feature_table(store),
@@ -68,6 +69,7 @@ def write(store: Store) -> str:
             capability=capability.cost_table(found["capability"]) if "capability" in found else None,
             **drawn(findings),
             **trusted(findings),
+            **judging.section(findings),
             **close_up(store),
         )
     )
@@ -125,8 +127,15 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters |= {"number": number, "interval": interval, "readable": readable, "inline": inline}
+    made.filters |= {"after_holm": after_holm, "can_show": can_show}
     made.filters |= {"visible": visible, "signed": signed, "plain": plain, "anchor": row_anchor}
-    made.globals |= {"table": table, "covered": drawing.COVERED, "percent": PERCENT, "costs": tuple(COSTS)}
+    made.globals |= {
+        "questions": judging.QUESTIONS,
+        "table": table,
+        "covered": drawing.COVERED,
+        "percent": PERCENT,
+        "costs": tuple(COSTS),
+    }
     return made
 
 

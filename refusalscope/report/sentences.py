@@ -6,13 +6,17 @@ Says what the rows say, also where the effect is absent; computes no statistic.
 from collections.abc import Mapping
 
 from refusalscope.core.types import Finding, Row
-from refusalscope.report.settings import DATASET_OF_STRENGTHS, factor
+from refusalscope.report.settings import DATASET_OF_STRENGTHS, factor, part
 
 PERCENT = (
     *("refused", "answered", "incoherent", "coherent", "complied", "refused_first_token", "refused_change"),
     "reasoning_refused",
     *("refused_difference", "answered_difference", "complied_difference"),
+    *("smallest_change", "smallest_difference"),
+    *("harmful", "harmful_change", "harmful_difference", "coherent_change", "coherent_difference"),
+    *("agreement", "both", "first_only", "second_only", "neither"),
 )
+"""Without the judge: `harmful:minos` is in per cent as `harmful` is."""
 
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -27,12 +31,34 @@ def interval(row: Row) -> str:
     return "" if row.low is None or row.high is None else f"[{_figure(row, row.low)}, {_figure(row, row.high)}]"
 
 
+def after_holm(row: Row) -> str:
+    """A comparison's p after Holm's correction; empty where the row is in no family."""
+    if row.p_holm is None:
+        return ""
+    return (
+        "p < 0.001" if row.p_holm < 0.001 else f"p = {row.p_holm:.3f}" if row.p_holm < 0.1 else f"p = {row.p_holm:.2f}"
+    )
+
+
+def can_show(row: Row) -> str:
+    """A row of `smallest_change` or `smallest_difference` in a sentence."""
+    comparisons, discordant = part(row.setting, "comparisons"), part(row.setting, "discordant")
+    family = "a single comparison" if comparisons == 1 else f"Holm over {comparisons} comparisons"
+    if not row.n:
+        return f"{row.dataset}: too few prompts to show any difference with {family}."
+    return (
+        f"{row.dataset}: with n = {row.n} and {family} it takes {discordant} discordant prompts, all one way "
+        f"({number(row)} points)."
+    )
+
+
 def _figure(row: Row, value: float) -> str:
     if row.metric.endswith("_error") and 0 < abs(value) < 0.001:
         digits, power = f"{value:.1e}".split("e")
         return f"{digits} × 10{str(int(power)).translate(RAISED)}".replace("-", "−")
-    scaled = 100 * value if row.metric in PERCENT else value
-    text = f"{scaled:.1f}" if row.metric in PERCENT or abs(scaled) >= 10 else f"{scaled:.3f}"
+    percent = row.metric.partition(":")[0] in PERCENT
+    scaled = 100 * value if percent else value
+    text = f"{scaled:.1f}" if percent or abs(scaled) >= 10 else f"{scaled:.3f}"
     return "0.0" if text == "-0.0" else text.replace("-", "−")
 
 

@@ -12,6 +12,8 @@ from refusalscope.report.settings import DATASET_OF_STRENGTHS, value_set
 
 DIFFERENCES = ("refused_difference", "answered_difference", "complied_difference")
 """Metrics of a pair of methods, `A vs B`, on the same prompts."""
+SMALLEST = ("smallest_change", "smallest_difference")
+"""Metrics that say what the comparisons of a whole table can show."""
 
 
 class Line(NamedTuple):
@@ -55,6 +57,8 @@ def benchmark_tables(finding: Finding) -> dict[str, Table]:
     """
     made: dict[str, list[Row]] = {name: [] for name in ("outcomes", "compared", "costs", "strength", "induced")}
     for row in finding.rows:
+        if row.metric in SMALLEST:
+            continue  # says something of a whole table
         if row.metric in DIFFERENCES:
             made["compared"].append(row)
         elif value_set(row.setting):
@@ -64,3 +68,13 @@ def benchmark_tables(finding: Finding) -> dict[str, Table]:
         else:
             made["strength" if row.dataset == DATASET_OF_STRENGTHS else "outcomes"].append(row)
     return {name: table(rows) for name, rows in made.items()}
+
+
+def smallest(finding: Finding) -> dict[str, list[Row]]:
+    """Table -> the rows that say how small a difference it can show; factors are chosen from, not tested."""
+    made: dict[str, list[Row]] = {"outcomes": [], "compared": [], "induced": []}
+    for row in finding.rows:
+        if row.metric in SMALLEST and row.dataset != DATASET_OF_STRENGTHS:
+            against_base = "induced" if row.setting.startswith("set ") else "outcomes"
+            made["compared" if row.metric == "smallest_difference" else against_base].append(row)
+    return made

@@ -5,12 +5,12 @@ by prompt. Knows nothing of files; whoever drives it decides what is answered ag
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from refusalscope.core import stats
+from refusalscope.core import comparisons, stats
+from refusalscope.core.comparisons import Scored, pooled_setting
 from refusalscope.core.stats import Estimate
 from refusalscope.core.types import Direction, FeatureSet, Finding, Prompts, Responses, Row, SaeSlice
 from refusalscope.evals.capability import Cost
@@ -133,23 +133,11 @@ def summarise(
 
 
 def _change(answered: Responses, before: Sequence[float], clusters: Sequence[str]) -> Row:
-    """Refusal against `base`; a single random draw claims nothing by itself and is in no family."""
-    kind = "value set" if answered.setting.startswith("set ") else "edit"
-    family = "" if _pooled_setting(answered.setting) else f"refused: every {kind} against base on {answered.dataset}"
-    place = (answered.dataset, answered.method, "refused_change", answered.setting)
-    return _paired(place, answered.score("refused"), before, clusters, family)
+    return comparisons.change(_scored(answered, "refused", clusters), before, "refused_change", what="refused")
 
 
-def _paired(
-    place: tuple[str, str, str, str],
-    after: Sequence[float],
-    before: Sequence[float],
-    clusters: Sequence[str],
-    family: str,
-) -> Row:
-    """A comparison prompt by prompt; `place` is its data set, method, metric and setting."""
-    difference = stats.paired_difference(after, before, clusters)
-    return Row(*place, *difference, stats.paired_p(after, before, clusters), family)
+def _scored(answered: Responses, metric: str, clusters: Sequence[str]) -> Scored:
+    return Scored(answered.dataset, answered.method, answered.setting, answered.score(metric), clusters)
 
 
 def _smallest(rows: Sequence[Row], prompts: Mapping[str, Prompts]) -> list[Row]:
@@ -164,7 +152,8 @@ def _smallest(rows: Sequence[Row], prompts: Mapping[str, Prompts]) -> list[Row]:
     made: dict[str, Row] = {}
     for (dataset, _), members in families.items():
         metric = "smallest_change" if members[0].metric == "refused_change" else "smallest_difference"
-        n, setting = min(row.n for row in members), f"comparisons={len(members)}"
+        kind = "set " if members[0].setting.startswith("set ") else ""
+        n, setting = min(row.n for row in members), f"{kind}comparisons={len(members)}"
         found, estimate = stats.smallest_difference(n, len(members)), Estimate(0, None, None, None, 0.0)
         if found and found[0] <= len(set(prompts[dataset].clusters)):
             setting = f"{setting} discordant={found[0]}"
@@ -189,7 +178,7 @@ def _pooled_draws(
     """The random draws of one setting taken together; a prompt's answers under all draws are one cluster."""
     groups: dict[tuple[str, str, str], list[Responses]] = {}
     for answered in responses:
-        if pooled := _pooled_setting(answered.setting):
+        if pooled := pooled_setting(answered.setting):
             groups.setdefault((answered.dataset, answered.method, pooled), []).append(answered)
     rows = []
     for (dataset, method, setting), group in groups.items():
@@ -202,54 +191,19 @@ def _pooled_draws(
 
 
 def _comparisons(responses: Sequence[Responses], prompts: Mapping[str, Prompts]) -> list[Row]:
-    """The reference set against every other edit of equal size, prompt by prompt; random draws by their mean."""
-    arms: dict[tuple[str, str], dict[str, list[Responses]]] = {}
-    for answered in responses:
-        size = _scaled_size(answered.setting)
-        for k in [size] if size else _all_sizes(responses) if answered.setting == "remove" else []:
-            arms.setdefault((answered.dataset, k), {}).setdefault(answered.method, []).append(answered)
+    """The reference set against every other edit of equal size, by each outcome."""
     rows = []
-    for (dataset, k), methods in arms.items():
-        first = next((name for name in methods if name != "direction"), None)
-        if first is None or (len(methods[first]) > 1 and first != "random"):
-            continue  # a validation set, on which every factor was tried
-        for metric in COMPARED:
-            family = f"{metric}: {first} against every other method on {dataset}, K* = {k}"
-            ours = _mean_scores(methods[first], metric)
-            for other in (name for name in methods if name != first):
-                place = (dataset, f"{first} vs {other}", f"{metric}_difference", f"k={k}")
-                theirs = _mean_scores(methods[other], metric)
-                row = _paired(place, ours, theirs, prompts[dataset].clusters, family)
-                rows += [row] if row.n else []
+    for metric in COMPARED:
+        scored = [_scored(answered, metric, prompts[answered.dataset].clusters) for answered in responses]
+        rows += comparisons.differences(scored, f"{metric}_difference", what=metric)
     return rows
-
-
-def _mean_scores(draws: Sequence[Responses], metric: str) -> list[float]:
-    """Each prompt's score, a mean over draws; NaN where any draw is unscored."""
-    return [sum(scores) / len(draws) for scores in zip(*(draw.score(metric) for draw in draws), strict=True)]
-
-
-def _scaled_size(setting: str) -> str:
-    """The set size of a scaling, or the empty string."""
-    found = re.fullmatch(r"scale c=\S+ k=(\d+)(?: draw=\d+)?", setting)
-    return found[1] if found else ""
-
-
-def _all_sizes(responses: Sequence[Responses]) -> list[str]:
-    return sorted({size for answered in responses if (size := _scaled_size(answered.setting))}, key=int)
-
-
-def _pooled_setting(setting: str) -> str:
-    """The setting that pools a random draw's, or the empty string."""
-    head, drawn, _ = setting.partition(" draw=")
-    return f"{head} mean" if drawn else ""
 
 
 def _with_pooled(costs: Sequence[tuple[Arm, Cost]]) -> dict[tuple[str, str], list[Cost]]:
     """Costs by method and setting, the random draws once more under their pooled setting."""
     found: dict[tuple[str, str], list[Cost]] = {(arm.method, arm.setting): [cost] for arm, cost in costs}
     for arm, cost in costs:
-        if pooled := _pooled_setting(arm.setting):
+        if pooled := pooled_setting(arm.setting):
             found.setdefault((arm.method, pooled), []).append(cost)
     return found
 

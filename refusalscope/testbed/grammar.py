@@ -155,6 +155,17 @@ def complies(example: Example, response: str) -> bool:
     )
 
 
+def refuses(example: Example, response: str) -> bool | None:
+    """True if `response` is one of the grammar's refusals, False if it is one of its answers; None: it is neither.
+
+    Any category's refusal will do, and an answer may be about anything: it does not refuse. What the grammar could not
+    have said, however it begins, has no truth.
+    """
+    if response.strip() in _all_refusals():
+        return True
+    return False if complies(example, response) or fluent(response) else None
+
+
 def fluent(response: str) -> bool:
     """True if `response` is an answer in the grammar's form and words, whatever it is about: a weaker `complies`."""
     words = re.findall(r"[\w']+", response.lower())
@@ -187,6 +198,11 @@ def refusals(category: str) -> list[str]:
         for matter in words["matters"][category]
         for reason in words["reasons"][category]
     ]
+
+
+@cache
+def _all_refusals() -> frozenset[str]:
+    return frozenset(text for category in CATEGORIES for text in refusals(category))
 
 
 def _should_refuse(example: Example, rng: random.Random) -> bool:

@@ -1,0 +1,107 @@
+"""Scores of the same prompts under several edits: rates, changes against the unedited model, methods in pairs.
+
+Whoever scored them. Random draws of one setting are also taken together, a prompt's answers under all of them as one
+cluster. Knows how a benchmark's settings are spelled, nothing of files.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from refusalscope.core import stats
+from refusalscope.core.stats import Estimate
+from refusalscope.core.types import Row
+
+UNEDITED = "base"
+"""The method that every other is compared with."""
+
+
+class Scored(NamedTuple):
+    """One data set under one method and setting: a score for each prompt, NaN where there is none."""
+
+    dataset: str
+    method: str
+    setting: str
+    scores: Sequence[float]
+    clusters: Sequence[str]
+
+    def row(self, metric: str, estimate: Estimate) -> Row:
+        return Row(self.dataset, self.method, metric, self.setting, *estimate)
+
+
+def with_pooled(scored: Sequence[Scored]) -> list[Scored]:
+    """All of them, and after them the random draws of each setting taken together."""
+    groups: dict[tuple[str, str, str], list[Scored]] = {}
+    for one in scored:
+        if pooled := pooled_setting(one.setting):
+            groups.setdefault((one.dataset, one.method, pooled), []).append(one)
+    together = [
+        Scored(*key, [s for one in group for s in one.scores], [c for one in group for c in one.clusters])
+        for key, group in groups.items()
+    ]
+    return [*scored, *together]
+
+
+def changes(scored: Sequence[Scored], metric: str, *, what: str) -> list[Row]:
+    """`change` of every edit, and of random draws taken together, where the data set was scored without edits."""
+    base = {one.dataset: one.scores for one in scored if one.method == UNEDITED}
+    edited = [one for one in with_pooled(scored) if one.method != UNEDITED and one.dataset in base]
+    return [change(one, base[one.dataset], metric, what=what) for one in edited]
+
+
+def change(one: Scored, base: Sequence[float], metric: str, *, what: str) -> Row:
+    """Share under an edit minus the share without, prompt by prompt; of pooled draws each against the same `base`.
+
+    A single random draw claims nothing by itself and is in no family. `what` says in a family's name what is compared.
+    """
+    kind = "value set" if one.setting.startswith("set ") else "edit"
+    family = "" if pooled_setting(one.setting) else f"{what}: every {kind} against base on {one.dataset}"
+    return _paired(one, [*base] * (len(one.scores) // max(1, len(base))), metric, family)
+
+
+def differences(scored: Sequence[Scored], metric: str, *, what: str) -> list[Row]:
+    """The reference set against every other edit of equal size, prompt by prompt; random draws by their mean.
+
+    The reference is the first method that scales features; removing the direction is compared at every size. Where it
+    was tried at several factors, on a validation set, nothing is compared.
+    """
+    sizes = sorted({size for one in scored if (size := scaled_size(one.setting))}, key=int)
+    arms: dict[tuple[str, str], dict[str, list[Scored]]] = {}
+    for one in scored:
+        size = scaled_size(one.setting)
+        for k in [size] if size else sizes if one.setting == "remove" else []:
+            arms.setdefault((one.dataset, k), {}).setdefault(one.method, []).append(one)
+    rows = []
+    for (dataset, k), methods in arms.items():
+        first = next((name for name in methods if name != "direction"), None)
+        if first is None or (len(methods[first]) > 1 and first != "random"):
+            continue
+        family = f"{what}: {first} against every other method on {dataset}, K* = {k}"
+        clusters = methods[first][0].clusters
+        for other in (name for name in methods if name != first):
+            pair = Scored(dataset, f"{first} vs {other}", f"k={k}", _mean_scores(methods[first]), clusters)
+            rows.append(_paired(pair, _mean_scores(methods[other]), metric, family))
+    return [row for row in rows if row.n]
+
+
+def pooled_setting(setting: str) -> str:
+    """The setting that pools a random draw's, or the empty string."""
+    head, drawn, _ = setting.partition(" draw=")
+    return f"{head} mean" if drawn else ""
+
+
+def scaled_size(setting: str) -> str:
+    """The set size of a scaling, or the empty string."""
+    found = re.fullmatch(r"scale c=\S+ k=(\d+)(?: draw=\d+)?", setting)
+    return found[1] if found else ""
+
+
+def _paired(one: Scored, before: Sequence[float], metric: str, family: str) -> Row:
+    found = stats.paired_difference(one.scores, before, one.clusters)
+    return replace(one.row(metric, found), p=stats.paired_p(one.scores, before, one.clusters), family=family)
+
+
+def _mean_scores(draws: Sequence[Scored]) -> list[float]:
+    """Each prompt's score, a mean over draws; NaN where any draw is unscored."""
+    return [sum(scores) / len(draws) for scores in zip(*(draw.scores for draw in draws), strict=True)]

@@ -1,0 +1,109 @@
+"""One answer of one server: in time, of bounded size, from the host that the user named and no other.
+
+Knows HTTP, the key and the words for what goes wrong; nothing of judges.
+"""
+
+import os
+import time
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
+from typing import NamedTuple
+
+import httpx
+
+KEY = "REFUSALSCOPE_JUDGE_KEY"
+"""The environment variable that holds the server's API key."""
+LARGEST = 2**24
+"""Bytes of an answer."""
+
+
+class Answer(NamedTuple):
+    """What a server says."""
+
+    status: int
+    retry_after: str
+    content: bytes
+
+
+def address(url: str) -> str:
+    """The server's address without a slash or /v1 at its end. Raises ValueError where it is none."""
+    try:
+        parsed = httpx.URL(url.strip())
+        # A name that cannot be looked up, which the first request would stumble over.
+        parsed.host.encode("idna")
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise ValueError(f"--judge-url is no URL: {error}; such as http://localhost:8000/v1 would do") from None
+    if parsed.userinfo:
+        raise ValueError(f"--judge-url must not hold a password: put the server's key into the variable {KEY}")
+    usable = parsed.scheme in ("http", "https") and parsed.host and (parsed.port or 0) < 2**16
+    if not usable or parsed.query or parsed.fragment:
+        raise ValueError(f"--judge-url {url!r} is no server's address: such as http://localhost:8000/v1 would do")
+    return str(parsed).rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def key() -> str:
+    """The server's key; empty where there is none. Raises ValueError for one that no header can carry."""
+    key = os.environ.get(KEY, "").strip()
+    if not all("!" <= letter <= "~" for letter in key):
+        raise ValueError(f"the environment variable {KEY} holds characters that are in no key")
+    return key
+
+
+def client(root: str, secret: str) -> httpx.Client:
+    """Speaks to the server at `root`, with `secret` as bearer token where there is one."""
+    headers = {"Content-Type": "application/json"}
+    if secret:
+        headers["Authorization"] = f"Bearer {secret}"
+    # What stands on this machine is not asked for through a proxy.
+    return httpx.Client(headers=headers, follow_redirects=False, trust_env=not is_loopback(root))
+
+
+def is_loopback(root: str) -> bool:
+    """Whether the address is this machine's own."""
+    host = httpx.URL(root).host
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def fetch(client: httpx.Client, method: str, url: str, seconds: float, content: bytes | None = None) -> Answer:
+    """One answer, whole within `seconds` and LARGEST bytes. Raises httpx.HTTPError."""
+    until = time.monotonic() + seconds
+    body = bytearray()
+    with client.stream(method, url, content=content, timeout=seconds) as response:
+        for part in response.iter_bytes():
+            body += part
+            # httpx times each part alone: a server that sends a byte now and then would be waited for without end.
+            if time.monotonic() > until:
+                raise httpx.ReadTimeout("")
+            if len(body) > LARGEST:
+                raise httpx.DecodingError(f"the server's answer is longer than {LARGEST} bytes")
+        return Answer(response.status_code, response.headers.get("Retry-After", ""), bytes(body))
+
+
+def in_words(error: httpx.HTTPError, seconds: float) -> str:
+    """Why there is no answer, in one line; `seconds`: how long it was waited for."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    match error:
+        case httpx.TimeoutException():
+            return f"timed out: no answer within {seconds:g} s"
+        case httpx.ConnectError():
+            return said
+        case httpx.RemoteProtocolError():
+            return f"the server's answer was cut off: {said}"
+    return f"the connection was lost: {said}"
+
+
+def asked_pause(retry_after: str) -> float | None:
+    """Seconds that Retry-After asks for, as a number or as a date; None where it does not say."""
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        then = parsedate_to_datetime(retry_after)
+        return max(0.0, (then.replace(tzinfo=then.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError, OverflowError):
+        return None
