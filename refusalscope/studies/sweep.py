@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from refusalscope.core import stats
+from refusalscope.core import comparisons, stats
+from refusalscope.core.comparisons import Scored
 from refusalscope.core.stats import Estimate
 from refusalscope.core.types import Finding, Prompts, Responses, Row
 from refusalscope.evals.capability import Cost
@@ -99,8 +100,9 @@ def choose_induction(cells: Sequence[Cell], base: Responses, prompts: Prompts) -
 
 
 def _candidate(cell: Cell, wanted: Sequence[float], strength: float) -> Candidate:
-    tokens = sum(cell.cost.tokens)
-    nats = sum(kl * count for kl, count in zip(cell.cost.kl, cell.cost.tokens, strict=True))
+    weights = cell.cost.weights("kl")
+    tokens = sum(weights)
+    nats = sum(kl * count for kl, count in zip(cell.cost.kl, weights, strict=True))
     return Candidate(cell.answers.setting, wanted, nats / tokens if tokens else math.inf, (cell.k, strength))
 
 
@@ -137,10 +139,11 @@ def summarise(
     rows = [row for answers in base.values() for row in _rates(answers, prompts[answers.dataset].clusters)]
     for cell in (*scaled, *induced):
         clusters = prompts[cell.answers.dataset].clusters
+        scored = Scored(*_arm(cell.answers), cell.answers.score("refused"), clusters)
         before = base[cell.answers.dataset].score("refused")
         rows += _rates(cell.answers, clusters)
-        change = stats.paired_difference(cell.answers.score("refused"), before, clusters)
-        rows += [_row(cell.answers, "refused_change", change), *_cost_rows(cell, prompts[cost_prompts])]
+        rows.append(comparisons.change(scored, before, "refused_change", what="refused"))
+        rows += _cost_rows(cell, prompts[cost_prompts])
     asked = next(name for name in base if name != cost_prompts)
     chosen = {
         "scale": choose_scaling(scaled, base[asked], prompts[asked]),
@@ -148,7 +151,7 @@ def summarise(
     }
     known = {name: made._asdict() for name, made in chosen.items() if made is not None}
     notes = [*caveats, *_notes(scaled, chosen["scale"], len(prompts[asked])), *_untouched((*scaled, *induced))]
-    return Finding("sweep", QUESTION, tuple(rows), tuple(notes), {**provenance, "chosen": known})
+    return Finding("sweep", QUESTION, tuple(stats.with_holm(rows)), tuple(notes), {**provenance, "chosen": known})
 
 
 def _notes(scaled: Sequence[Cell], chosen: Choice | None, n: int) -> list[str]:
@@ -160,6 +163,11 @@ def _notes(scaled: Sequence[Cell], chosen: Choice | None, n: int) -> list[str]:
         f"The strength was chosen as one of {len(scaled)} on these very {n} validation prompts, so its rates here "
         "flatter it: what it does is for the test prompts of a run to say."
     ]
+    if smallest := stats.smallest_difference(n, 1):
+        notes.append(
+            f"Two strengths differ discernibly here from {smallest[0]} discordant prompts on, all one way "
+            f"({smallest[1]:.1%})."
+        )
     factors = {cell.answers.setting: cell.amount for cell in scaled}
     for edge, end, word in ((min, "strongest", "stronger"), (max, "mildest", "milder")):
         if len(set(factors.values())) > 1 and factors[chosen.best] == edge(factors.values()):
@@ -184,15 +192,20 @@ def _rates(answers: Responses, clusters: Sequence[str]) -> list[Row]:
 
 def _cost_rows(cell: Cell, prompts: Prompts) -> list[Row]:
     cluster = dict(zip(prompts.ids, prompts.clusters, strict=True))
-    names, weights = [cluster[prompt] for prompt in cell.cost.prompt_ids], cell.cost.tokens
+    names = [cluster[prompt] for prompt in cell.cost.prompt_ids]
     return [
         Row(
             *(prompts.name, cell.answers.method, metric, cell.answers.setting),
-            *stats.mean(getattr(cell.cost, metric), names, weights=weights),
+            *stats.mean(getattr(cell.cost, metric), names, weights=cell.cost.weights(metric)),
         )
         for metric in COSTS
     ]
 
 
 def _row(answers: Responses, metric: str, estimate: Estimate) -> Row:
-    return Row(answers.dataset, answers.method, metric, answers.setting, *estimate)
+    dataset, method, setting = _arm(answers)
+    return Row(dataset, method, metric, setting, *estimate)
+
+
+def _arm(answers: Responses) -> tuple[str, str, str]:
+    return answers.dataset, answers.method, answers.setting
