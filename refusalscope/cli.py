@@ -245,11 +245,15 @@ def judge(
     """Score the answers of a run, adding to what is there; nothing is generated again."""
     said = {key: value for key, value in locals().items() if value is not None}
     with one_clear_line(), progress_bar() as progress:
+        from transformers.utils import logging as transformers_logging
+
         from refusalscope.core.store import Store
         from refusalscope.pipeline import judge as judging
 
         if not judges and labels is None:
             raise ValueError("nothing to judge by: name a judge with --judge, or a person's labels with --labels")
+        # Its bars for loading weights would run into ours.
+        transformers_logging.disable_progress_bar()
         store, settings = Store(run), judge_settings(said)
         with store.claim:
             left = judging.judge_run(store, judges or [], settings, labels=labels, datasets=datasets, progress=progress)

@@ -3,6 +3,7 @@
 A kind is a function from a machine (an `Engine`, or a sequence classifier) to a `Score`. Knows nothing of weights.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -136,13 +137,27 @@ class Remembering:
         return getattr(self.machine, name)
 
 
-class Trimmed:
-    """A server's machine, which cuts no text itself: over-long ones lose their beginning, and no BOS comes twice."""
+class Served:
+    """A server's machine, which cuts no text itself: over-long ones lose their beginning, and no BOS comes twice.
+
+    Its replies are never final: who knows what it serves another time.
+    """
 
     def __init__(self, machine: Engine, reader: Reader | None) -> None:
         self.machine = machine
         self.reader = reader
-        self.converse = machine.converse
+
+    def converse(
+        self,
+        chats: Sequence[Sequence[Message]],
+        *,
+        choices: Sequence[str],
+        tokens: int,
+        schema: Mapping[str, Any] | None = None,
+    ) -> list[Reply]:
+        """Answer each chat as the server does."""
+        replies = self.machine.converse(chats, choices=choices, tokens=tokens, schema=schema)
+        return [reply._replace(final=False) for reply in replies]
 
     def complete(self, texts: Sequence[str], *, choices: Sequence[str], tokens: int) -> list[Reply]:
         """Continue each text; without a tokenizer only a BOS that stands in it can be taken off."""
@@ -150,7 +165,8 @@ class Trimmed:
             shown = [re.sub(r"^(<s>|<bos>|<\|begin_of_text\|>)", "", text) for text in texts]
         else:
             shown = [self.reader.tail(text, new=tokens) for text in texts]
-        return self.machine.complete(shown, choices=choices, tokens=tokens)
+        replies = self.machine.complete(shown, choices=choices, tokens=tokens)
+        return [reply._replace(final=False) for reply in replies]
 
 
 def filled(template: Template | None, known: Known, exchange: Exchange) -> str:
@@ -186,7 +202,8 @@ def _scored(ask: Callable[[Sequence[Exchange]], list[Reply]], read: Callable[[Re
     def verdict(exchange: Exchange, reply: Reply) -> Verdict:
         if reply.fault:
             return Verdict(exchange.prompt.id, NaN, reason=reply.fault, final=reply.final)
-        return Verdict(exchange.prompt.id, *read(reply))
+        found = read(reply)
+        return Verdict(exchange.prompt.id, *found, final=reply.final or not math.isnan(found.score))
 
     return lambda exchanges: [verdict(*pair) for pair in zip(exchanges, ask(exchanges), strict=True)]
 

@@ -191,7 +191,7 @@ def _served(known: Known, settings: Settings, url: str) -> Judge:
     about: dict[str, Any] = {"model": server.model, "engine": "server"}
     if reader is not None and checkpoint is not None:
         about["cut_by"] = checkpoint.about
-    machine = classifiers.Remembering(classifiers.Trimmed(server, reader))
+    machine = classifiers.Remembering(classifiers.Served(server, reader))
     return _classifier(known, machine, template, reader, about, settings.batch_size or TOGETHER)
 
 

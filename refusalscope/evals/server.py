@@ -27,6 +27,8 @@ LONGEST_PAUSE = 60.0
 """Seconds between two attempts, whatever the server asks for."""
 SECRET = 8
 """Characters that a key has at least."""
+RESTART = 5.0
+"""Seconds that a server has to come back once it has been there."""
 PROBE = 10.0
 """Seconds that a server has to say that it is there."""
 
@@ -230,7 +232,7 @@ class Server:
                 return absent
             time.sleep(min(pause, left))
             pause = min(2 * pause, PROBE / 2)
-        self._left = self._patience
+        self._left = min(self._patience, RESTART)
         return ""
 
     def _absent(self, client: httpx.Client) -> str:
