@@ -196,12 +196,15 @@ def parse_columns(text: str) -> dict[str, str]:
     return {key.strip(): own.strip() for key, _, own in pairs}
 
 
+LONGEST_RANGE = 10_000
+
+
 def parse_numbers(flag: str, parts: list[str]) -> list[int]:
     """`["3,7", "9-11"]` as 3, 7, 9, 10, 11. Raises ValueError for anything else."""
     numbers: set[int] = set()
     for part in ",".join(parts).split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not first.isdecimal() or (dash and not (last.isdecimal() and 0 <= int(last) - int(first) < LONGEST_RANGE)):
             raise ValueError(f"{flag} {part!r}: write {flag.removeprefix('--')} as 9, or 3,7, or 3-7")
         numbers.update(range(int(first), int(last or first) + 1))
     return sorted(numbers)

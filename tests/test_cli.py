@@ -97,7 +97,7 @@ def test_an_unknown_model_names_near_ones(name: str, hint: str, here: Path) -> N
 
 PROMPT_FAULTS: dict[str, tuple[bytes | None, str]] = {
     "missing": (None, "mine.csv cannot be read: No such file"),
-    "empty": (b"", "mine.csv holds no prompts"),
+    "empty": (b"", "mine.csv holds no rows"),
     "not UTF-8": (b"text\ncaf\xe9\n", "mine.csv, line 2: not UTF-8 (byte 0xe9)"),
     "malformed": (b'text\n"open\n', "mine.csv, line 2: malformed CSV"),
     "ragged": (b"text\na,b\n", "mine.csv, line 2: 2 cells, but the header has 1"),

@@ -264,3 +264,6 @@ def test_interventions_together_act_in_turn_and_count_together(model: ChatModel,
     assert torch.equal(made.edits[2](residual, batch), scale(residual + direction.vector, batch))
     model.run(tokens, edits=made.edits)
     assert made.changed >= 10 + int(tokens.mask.sum())
+    nested = editor(Together((Together((both,)),)), layers=4, slices=saes.slices(SET.by_layer()))
+    assert torch.equal(nested.edits[2](residual, batch), made.edits[2](residual, batch))
+    assert nested.changed >= 10

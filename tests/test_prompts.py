@@ -100,10 +100,10 @@ def test_a_repeated_prompt_is_kept_once(tmp_path: Path) -> None:
 
 
 FAULTS: dict[str, tuple[str, str | bytes, dict[str, str], str]] = {
-    "empty": ("mine.csv", "", TEXT, "mine.csv holds no prompts"),
-    "empty but for a mark": ("mine.json", b"\xef\xbb\xbf", TEXT, "mine.json holds no prompts"),
-    "header alone": ("mine.csv", "text\n", TEXT, "mine.csv holds no prompts"),
-    "no record": ("mine.json", "[]", TEXT, "mine.json holds no prompts"),
+    "empty": ("mine.csv", "", TEXT, "mine.csv holds no rows"),
+    "empty but for a mark": ("mine.json", b"\xef\xbb\xbf", TEXT, "mine.json holds no rows"),
+    "header alone": ("mine.csv", "text\n", TEXT, "mine.csv holds no rows"),
+    "no record": ("mine.json", "[]", TEXT, "mine.json holds no rows"),
     "not UTF-8": ("mine.csv", b"text\nok\ncaf\xe9\n", TEXT, "mine.csv, line 3: not UTF-8 (byte 0xe9)"),
     "not UTF-8 after a mark": ("mine.csv", b"\xef\xbb\xbft\n\n\xe9\n", TEXT, "mine.csv, line 3: not UTF-8 (byte 0xe9)"),
     "UTF-16": ("mine.csv", "text\nok\n".encode("utf-16"), TEXT, "mine.csv, line 1: not UTF-8 (byte 0xff)"),
@@ -141,7 +141,7 @@ FAULTS: dict[str, tuple[str, str | bytes, dict[str, str], str]] = {
         {"text": "text", "label": "label"},
         "mine.csv, line 3: label 'bad' is none of ['harmful', 'harmless', 'look-alike']",
     ),
-    "unknown ending": ("mine.txt", "text\na\n", TEXT, "mine.txt: a prompt file ends in .csv, .jsonl, .json"),
+    "unknown ending": ("mine.txt", "text\na\n", TEXT, "mine.txt: a table of rows ends in .csv, .jsonl, .json"),
     "unknown column": ("mine.csv", "text\na\n", {"txet": "text"}, "--columns txet: the columns to map are"),
 }
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.stats import binom, bootstrap, multinomial, permutation_test, spearmanr
+from scipy.stats import binom, bootstrap, multinomial, permutation_test, spearmanr, ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
@@ -181,6 +181,17 @@ def test_clustered_means_cover_the_truth(draw: str, correlation: float) -> None:
         plain += abs(values.mean() - truth) <= intervals.Z95 * values.std() / math.sqrt(180)
     assert 0.93 <= hits / runs <= 0.97
     assert plain / runs < 0.88
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 5, 7])
+def test_means_of_few_clusters_cover_the_truth(clusters: int) -> None:
+    names = [str(i) for i in range(clusters) for _ in range(3)]
+    rng, runs = np.random.default_rng(5), 2000
+    values = np.repeat(rng.normal(size=(runs, clusters)), 3, axis=1) + 0.5 * rng.normal(size=(runs, 3 * clusters))
+    hits = sum(holds(stats.mean(row.tolist(), names), 0.0) for row in values)
+    assert 0.93 <= hits / runs <= 0.97
+    low, high = ttest_1samp(values[0].reshape(clusters, 3).mean(1), 0.0).confidence_interval()
+    assert numbers(stats.mean(values[0].tolist(), names))[::2] == pytest.approx((low, high), rel=1e-3)
 
 
 @pytest.mark.parametrize("draw", ["normal", "exponential"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from refusalscope.core import stats
 from refusalscope.core.store import Store
 from refusalscope.core.types import Direction, FeatureSet, Finding, Prompt, Prompts, Responses
 from refusalscope.inputs import prompts
@@ -92,6 +93,8 @@ def test_more_validation_prompts_leave_what_is_fitted_on_as_it_was() -> None:
     ("words", "message"),
     [
         (["sweep", "--sizes", "4-x"], "--sizes '4-x': write sizes as 9, or 3,7, or 3-7"),
+        (["sweep", "--sizes", "9-4"], "--sizes '9-4': write sizes as 9, or 3,7, or 3-7"),
+        (["sweep", "--sizes", "1-99999999999"], "--sizes '1-99999999999': write sizes as 9, or 3,7, or 3-7"),
         (["sweep", "--sizes", "0"], "--sizes: Input should be greater than or equal to 1"),
         (["sweep", "--full"], "--full is the grid of `run`: a sweep has its own"),
         (["sweep", "--protocol", "paper"], "a sweep leaves these untouched"),
@@ -215,6 +218,27 @@ def test_the_figures_show_every_cell_and_flag_what_is_thin(drawn: Finding) -> No
 def test_the_words_say_where_the_best_lies_and_what_was_chosen(drawn: Finding) -> None:
     first, second, third = strength.sentences(drawn)
     assert "at c = −1, k = 20: 98.0%" in first
-    assert "this factor lies inside the range tried" in first
+    assert first.endswith("; at the edge of what was tried in set size.")
     assert second.startswith("Chosen is c = −1, k = 10, the cheapest by KL divergence of the 2 strengths, of 6 tried,")
     assert third.startswith("No value tried makes the model refuse")
+    larger = [replace(row, setting=row.setting.replace("k=20", "k=30")) for row in drawn.rows if "k=20" in row.setting]
+    assert strength.sentences(replace(drawn, rows=(*drawn.rows, *larger)))[0].endswith("; inside what was tried.")
+
+
+def test_what_is_not_known_has_no_colour_of_the_scale(drawn: Finding) -> None:
+    unknown = [
+        replace(row, n=0, estimate=None, low=None, high=None, coverage=0.0) if row.metric == "refused" else row
+        for row in drawn.rows
+    ]
+    svg = render(plots.plots(replace(drawn, rows=tuple(unknown)))["sweep-grid"].figure, "svg").decode()
+    assert "#cccccc" in svg
+    assert "#cccccc" not in render(plots.plots(drawn)["sweep-grid"].figure, "svg").decode()
+
+
+def test_the_rule_is_said_to_tell_apart_what_it_does() -> None:
+    for n in (100, 150):
+        fewest = sweep._fewest_discordant(n)
+        assert fewest is not None
+        lows = [stats.paired_difference([1.0] * d + [0.0] * (n - d), [0.0] * n).low for d in (fewest - 1, fewest)]
+        assert (lows[0] or 0) <= 0 < (lows[1] or 0)
+    assert sweep._fewest_discordant(2) is None

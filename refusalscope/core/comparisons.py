@@ -5,7 +5,7 @@ cluster. Knows how a benchmark's settings are spelled, nothing of files.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -83,6 +83,30 @@ def differences(scored: Sequence[Scored], metric: str, *, what: str) -> list[Row
             pair = Scored(dataset, f"{first} vs {other}", f"k={k}", _mean_scores(methods[first]), clusters)
             rows.append(_paired(pair, _mean_scores(methods[other]), metric, family))
     return [row for row in rows if row.n]
+
+
+def smallest(rows: Sequence[Row], clusters: Mapping[str, int]) -> list[Row]:
+    """The smallest difference that each family can show after Holm, at the fewest prompts that any of its rows has.
+
+    It takes that many discordant prompts, all one way and of different clusters, of which `clusters` says how many each
+    data set has; n is 0 where there are too few. Families of one size and n on one data set share a row.
+    """
+    families: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.p is not None and row.family:
+            families.setdefault((row.dataset, row.family), []).append(row)
+    made: dict[str, Row] = {}
+    for (dataset, _), members in families.items():
+        metric = "smallest_change" if "_change" in members[0].metric else "smallest_difference"
+        kind = "set " if members[0].setting.startswith("set ") else ""
+        n, setting = min(row.n for row in members), f"{kind}comparisons={len(members)}"
+        found, estimate = stats.smallest_difference(n, len(members)), stats.NOTHING
+        if found and found[0] <= clusters[dataset]:
+            setting = f"{setting} discordant={found[0]}"
+            estimate = Estimate(n, found[1], found[1], found[1], min(row.coverage for row in members))
+        row = Row(dataset, "any", metric, setting, *estimate)
+        made.setdefault(f"{row.key()}/{row.n}", row)
+    return list(made.values())
 
 
 def pooled_setting(setting: str) -> str:

@@ -10,6 +10,9 @@ from numpy import ndarray
 Z95 = 1.959963984540054
 DRAWN_AT_ONCE = 2_000_000
 """Entries of a bootstrap in memory together."""
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447)
+"""The .975 quantiles of Student's t for two clusters, three, and so on."""
+FEW = len(STUDENT) + 2
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
@@ -57,13 +60,16 @@ def studentised(
     """Bootstrap-t interval of sum(totals) / sum(masses), whole clusters drawn again.
 
     Where one resample in a thousand shows no doubt at all, because few clusters differ from the rest, its t values say
-    nothing, and the interval is BCa's.
+    nothing, and the interval is BCa's. Too few clusters to draw from have Student's interval; one has no doubt to show.
     """
     point = float(totals.sum() / masses.sum())
     if len(totals) == 1 or np.ptp(totals / masses) == 0:
         return point, point
-    replicates, errors = _resampled(totals, masses, np.random.default_rng(seed), resamples)
     (error,) = _standard_errors(totals[None], masses[None])
+    if len(totals) < FEW:
+        half = STUDENT[len(totals) - 2] * float(error)
+        return point - half, point + half
+    replicates, errors = _resampled(totals, masses, np.random.default_rng(seed), resamples)
     if np.mean(errors < 1e-9 * error) > 0.001:
         return bca(totals, masses, replicates)
     high, low = np.quantile((replicates - point) / np.maximum(errors, 1e-9 * error), (0.025, 0.975))

@@ -1,4 +1,7 @@
-"""Rows of a prompt file: CSV, JSONL or JSON in, dictionaries out, every fault named with its file and line."""
+"""Rows of a file of prompts, labels or documents: CSV, JSONL or JSON in, dictionaries out.
+
+Every fault is named with its file and line.
+"""
 
 import csv
 import io
@@ -25,10 +28,10 @@ def read_table(path: Path) -> list[TableRow]:
     }
     ending = path.suffix.lower()
     if ending not in readers:
-        raise ValueError(f"{path}: a prompt file ends in {', '.join(readers)}")
+        raise ValueError(f"{path}: a table of rows ends in {', '.join(readers)}")
     rows = list(readers[ending](read_text(path), path))
     if not rows:
-        raise ValueError(f"{path} holds no prompts")
+        raise ValueError(f"{path} holds no rows")
     return rows
 
 

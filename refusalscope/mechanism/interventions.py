@@ -148,24 +148,32 @@ def editor(
     `slices` must hold what `needed_features` names; ValueError otherwise.
     """
     made = Editor({})
+    _carry_out(made, intervention, layers, slices)
+    return made
+
+
+def _carry_out(
+    made: Editor, intervention: Intervention | None, layers: int, slices: Mapping[int, SaeSlice] | None
+) -> None:
+    """Add to an editor the edits of one more intervention; at a layer that it edits already they act last."""
     match intervention:
         case None:
             pass
         case RemoveDirection(direction, affine):
             offsets = direction.offsets if affine else torch.zeros(layers)
-            made.edits.update({layer: _remove(direction.unit, offsets[layer], made) for layer in range(layers)})
+            for layer in range(layers):
+                _then(made, layer, _remove(direction.unit, offsets[layer], made))
         case AddDirection(direction):
-            made.edits[direction.layer] = _add(direction.vector, made)
+            _then(made, direction.layer, _add(direction.vector, made))
         case Together(parts):
             for part in parts:
-                _follow(made, editor(part, layers=layers, slices=slices))
+                _carry_out(made, part, layers, slices)
         case ScaleFeatures() | SetFeatures() | HoldFeatures():
             for layer, wanted in needed_features(intervention).items():
                 if slices is None or layer not in slices:
                     raise ValueError(f"editing features of layer {layer} needs that layer's SAE slice")
                 part = slices[layer].take(wanted)
-                made.edits[layer] = _activations(part, intervention.features, _rule(intervention, part), made)
-    return made
+                _then(made, layer, _activations(part, intervention.features, _rule(intervention, part), made))
 
 
 def record(
@@ -186,12 +194,9 @@ def record(
     return held
 
 
-def _follow(first: Editor, then: Editor) -> None:
-    """Let `then` act after `first`, and count with it."""
-    then._counts = first._counts
-    for layer, edit in then.edits.items():
-        before = first.edits.get(layer)
-        first.edits[layer] = edit if before is None else _in_turn(before, edit)
+def _then(made: Editor, layer: int, edit: Edit) -> None:
+    before = made.edits.get(layer)
+    made.edits[layer] = edit if before is None else _in_turn(before, edit)
 
 
 def _in_turn(first: Edit, then: Edit) -> Edit:

@@ -72,7 +72,9 @@ def write_choice(job: Job) -> None:
         raise ValueError(f"{strength.sentences(finding)[0]} There is nothing to choose: try other --factor or --sizes")
     shared = job.options.model_dump(mode="json", exclude_defaults=True, exclude={"sizes"})
     asked = {"k": int(scale[1]), "factors": [scale[0]], "methods": [job.options.wanted_methods[0], "random"]}
+    # A value belongs to the set that it was tried on.
     value = value_set(found["set"]["setting"]) if "set" in found else None
+    value = value if value is not None and value[1] == scale[1] else None
     options: dict[str, Any] = {"model": job.options.model, **shared, **asked}
     options |= {} if value is None else {"values": [value[0]]}
     why = [line for sentence in strength.sentences(finding) for line in textwrap.wrap(sentence, 116)]

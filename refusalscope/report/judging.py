@@ -3,12 +3,12 @@
 Computes no statistic.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from refusalscope.core.types import Finding, Row
 from refusalscope.report.settings import value_set
-from refusalscope.report.tables import Table, table
+from refusalscope.report.tables import SMALLEST, Table, limits, table
 
 QUESTIONS = {"harmful": "Harmful?", "refused": "Refused?", "coherent": "Coherent?"}
 """In the order in which they are shown."""
@@ -29,14 +29,14 @@ class Rates(NamedTuple):
     induced: Table
 
 
-def section(findings: Iterable[Finding]) -> dict[str, Any]:
-    """What `safety.html.j2` shows; empty where nothing was judged.
+def section(findings: Iterable[Finding], hide: Callable[[Any], Any]) -> dict[str, Any]:
+    """What `safety.html.j2` shows, folders shortened by `hide`; empty where nothing was judged.
 
     A question that rules alone answered is left out: their rates stand among the results.
     """
     found = {finding.study: finding for finding in findings}
     safety = found.get("safety", Finding("safety", "", (), (), {}))
-    judges = [Named(**judge) for judge in safety.provenance.get("judges", {}).values()]
+    judges = [Named(**hide(judge)) for judge in safety.provenance.get("judges", {}).values()]
     asked = [question for question in QUESTIONS if question in {judge.question for judge in judges}]
     agreement = found.get("agreement")
     return {
@@ -44,6 +44,7 @@ def section(findings: Iterable[Finding]) -> dict[str, Any]:
         "judged": {question: _rates(safety.rows, question) for question in asked},
         "changed": _shown(table(row for row in safety.rows if _kind(row.metric) == "changed")),
         "judge_pairs": _shown(table(row for row in safety.rows if _kind(row.metric) == "compared")),
+        "judge_limits": limits(safety),
         "agreement": _shown(table(agreement.rows)) if agreement else None,
     }
 
@@ -56,6 +57,8 @@ def _rates(rows: Iterable[Row], question: str) -> Rates:
 
 def _kind(metric: str) -> str:
     """Where a metric such as `harmful_change:minos` stands; rates have no kind."""
+    if metric in SMALLEST:
+        return "limit"
     _, _, kind = metric.partition(":")[0].partition("_")
     return {"": "", "difference": "compared"}.get(kind, "changed")
 

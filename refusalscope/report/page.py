@@ -25,7 +25,7 @@ from refusalscope.report.examples import examples
 from refusalscope.report.plots import plots
 from refusalscope.report.sentences import PERCENT, after_holm, answer, can_show, interval, number
 from refusalscope.report.settings import readable
-from refusalscope.report.tables import benchmark_tables, smallest, table
+from refusalscope.report.tables import benchmark_tables, limits, smallest, table
 from refusalscope.report.tokens import visible
 
 
@@ -45,7 +45,7 @@ def write(store: Store) -> str:
     direction = store.read("direction.safetensors", Direction)
     asked = {rows.name: rows for rows in (store.read(p, Prompts) for p in store.paths("prompts", ".jsonl"))}
     responses = [store.read(path, Responses) for path in store.paths("responses", ".jsonl")]
-    hide = hidden_folders(about["options"])
+    hide = hidden_folders([about["options"], [finding.provenance.get("judges", {}) for finding in findings]])
     notes = [*about["notices"], *(note for finding in findings for note in finding.caveats), *direction.caveats]
     return (
         environment()
@@ -69,7 +69,7 @@ def write(store: Store) -> str:
             capability=capability.cost_table(found["capability"]) if "capability" in found else None,
             **drawn(findings),
             **trusted(findings),
-            **judging.section(findings),
+            **judging.section(findings, hide),
             **swept(findings),
             **close_up(store),
         )
@@ -108,7 +108,11 @@ def trusted(findings: Iterable[Finding]) -> dict[str, Any]:
 def swept(findings: Iterable[Finding]) -> dict[str, Any]:
     """What the sweep came to, in words and tables; empty where the run has none."""
     made = next((finding for finding in findings if finding.study == "sweep"), None)
-    return {} if made is None else {"strength": strength.sentences(made), "swept": strength.tables(made)}
+    return (
+        {}
+        if made is None
+        else {"strength": strength.sentences(made), "swept": strength.tables(made), "sweep_limits": limits(made)}
+    )
 
 
 def close_up(store: Store) -> dict[str, Any]:

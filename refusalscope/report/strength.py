@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from refusalscope.core.types import Finding, Row
 from refusalscope.report.sentences import interval, number
 from refusalscope.report.settings import factor, readable, value_set
-from refusalscope.report.tables import Line, Table
+from refusalscope.report.tables import SMALLEST, Line, Table
 
 SCALED = ("refused", "refused_change", "answered", "coherent", "complied", "cross_entropy_change", "kl")
 INDUCED = ("refused", "refused_change", "refused_coherently", "coherent", "cross_entropy_change", "kl")
@@ -18,7 +18,7 @@ def by_setting(finding: Finding) -> dict[str, dict[str, Row]]:
     """Setting -> metric -> row, of every strength tried; a cost stands with the answers, whatever it was read on."""
     made: dict[str, dict[str, Row]] = {}
     for row in finding.rows:
-        if row.setting:
+        if row.setting and row.metric not in SMALLEST:
             made.setdefault(row.setting, {})[row.metric] = row
     return made
 
@@ -71,11 +71,14 @@ def _induction(finding: Finding, cells: Mapping[str, Mapping[str, Row]]) -> list
 
 
 def _place(best: str, tried: Sequence[str]) -> str:
-    """Whether a factor lies inside those tried, where a turning point has been seen, or at their edge."""
-    factors = {found[0] for setting in tried if (found := factor(setting))}
-    at = factor(best)
-    inside = at is not None and min(factors) < at[0] < max(factors)
-    return f"this factor lies {'inside' if inside else 'at the edge of'} the range tried"
+    """Whether a strength lies inside those tried, where a turning point has been seen, or at the edge of one axis."""
+    strengths = [(found[0], float(found[1])) for setting in (best, *tried) if (found := factor(setting))]
+    edges = [
+        name
+        for name, tried_here in zip(("factor", "set size"), zip(*strengths, strict=True), strict=True)
+        if len(set(tried_here)) > 1 and tried_here[0] in (min(tried_here), max(tried_here))
+    ]
+    return f"at the edge of what was tried in {' and '.join(edges)}" if edges else "inside what was tried"
 
 
 def _rate(row: Row | None) -> str:

@@ -3,7 +3,7 @@
 Every number is a row's; which cells are Pareto-optimal is the study's to say.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import matplotlib
@@ -33,6 +33,7 @@ from refusalscope.studies import sweep as study
 
 # Not the page's own ink and ground, which dark mode turns round: these stand on a colour that stays.
 DARK, LIGHT = "#101010", "#fcfcfc"
+UNKNOWN = (0.8, 0.8, 0.8, 1.0)
 INDUCED: Style = {"refused": (BLUE, "o"), "coherent": (ORANGE, "^"), "refused_coherently": (GREY, "s")}
 MARKERS = "o^sDvP*X"
 LABELLED = {"refused": "refused, %", "answered": "answered coherently, %", "kl": "KL divergence, nats per token"}
@@ -81,14 +82,20 @@ def _grid(finding: Finding, cells: list[Strength]) -> Plot | None:
         axes.set_title(label, loc="left", fontsize=9.5)
     made[-1].set_xlabel("scaling factor c (1 = unedited)")
     title(figure, "refusal, answers and cost by strength")
-    row = cells[0].rows["refused"]
     return Plot(
-        f"Every set size and factor: shares of {row.n} {row.dataset} prompts refused and answered coherently, and the "
-        f"KL divergence on harmless answers. Brighter is more. 95% intervals of the shares are at most "
-        f"{100 * max(map(_width, cells)):.0f} points wide; the table has each. The framed cell is the one chosen; "
-        f"hatched cells rest on fewer than {COVERED:.0%} of the prompts.",
+        f"Every set size and factor: shares of {cells[0].rows['refused'].dataset} prompts (n = {_counts(cells)}) that "
+        f"are refused and answered coherently, and the KL divergence on harmless answers. Brighter is more, grey is "
+        f"unknown. 95% intervals of the shares are at most {100 * max(map(_width, cells)):.0f} points wide; the table "
+        f"has each.{' The framed cell is the one chosen.' if taken else ''} Hatched cells rest on fewer than "
+        f"{COVERED:.0%} of the prompts.",
         figure,
     )
+
+
+def _counts(cells: Iterable[Strength]) -> str:
+    """On how many prompts the shares rest: `150`, or `120 to 150`."""
+    found = sorted({row.n for cell in cells for row in (cell.rows.get("refused"), cell.rows.get("answered")) if row})
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def _width(cell: Strength) -> float:
@@ -100,8 +107,9 @@ def _width(cell: Strength) -> float:
 def _paint(axes: Axes, place: tuple[int, int], row: Row, high: float, *, framed: bool) -> None:
     """One cell: its colour, its number, hatched where too few prompts were scored, framed where chosen."""
     x, y = place
-    share = 0.0 if row.estimate is None else min(1.0, max(0.0, row.estimate / high))
-    red, green, blue, _ = colour = matplotlib.colormaps["cividis"](share)
+    # No colour of the scale where nothing is known: the darkest would say none.
+    share = None if row.estimate is None else min(1.0, max(0.0, row.estimate / high))
+    red, green, blue, _ = colour = UNKNOWN if share is None else matplotlib.colormaps["cividis"](share)
     bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
     ink = DARK if bright else LIGHT
     hatch = "////" if row.coverage < COVERED else None
@@ -143,9 +151,11 @@ def _pareto(finding: Finding, cells: list[Strength]) -> Plot | None:
     legend(figure, {f"c = {c:g}".replace("-", "−"): style for c, style in styles.items()})
     dataset = next(iter(shown.values())).rows["answered"].dataset
     return Plot(
-        f"Share of {dataset} prompts answered coherently against the KL divergence on the unedited model’s own "
-        f"harmless answers, every set size and factor, with 95% intervals both ways. Numbers are set sizes K*; "
-        f"joined are the strengths that none beats in both; the ring marks the one chosen.",
+        f"Share of {dataset} prompts (n = {_counts(shown.values())}) answered coherently against the KL divergence on "
+        f"the unedited model’s own harmless answers, every set size and factor, with 95% intervals both ways. Joined, "
+        f"in full colour and with their set size K* are the strengths that none beats in both."
+        f"{' The ring marks the one chosen.' if taken in shown else ''} Hollow marks rest on fewer than {COVERED:.0%} "
+        f"of the prompts.",
         figure,
     )
 
@@ -209,7 +219,7 @@ def _induced(finding: Finding) -> Plot | None:
     taken = value_set(chosen(finding, "set") or "")
     if taken is not None:
         axes.axvline(taken[0], color=INK, linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
-    row = points["refused"][0][1]
+    row = next(iter(points.values()))[0][1]
     title(figure, f"refusal induced on {row.dataset}")
     legend(figure, {("both" if name == study.JOINT else name): style for name, style in INDUCED.items()})
     return Plot(

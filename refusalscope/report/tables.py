@@ -70,11 +70,16 @@ def benchmark_tables(finding: Finding) -> dict[str, Table]:
     return {name: table(rows) for name, rows in made.items()}
 
 
+def limits(finding: Finding) -> list[Row]:
+    """The rows that say how small a difference each family of a finding can show."""
+    return [row for row in finding.rows if row.metric in SMALLEST]
+
+
 def smallest(finding: Finding) -> dict[str, list[Row]]:
     """Table -> the rows that say how small a difference it can show; factors are chosen from, not tested."""
     made: dict[str, list[Row]] = {"outcomes": [], "compared": [], "induced": []}
-    for row in finding.rows:
-        if row.metric in SMALLEST and row.dataset != DATASET_OF_STRENGTHS:
+    for row in limits(finding):
+        if row.dataset != DATASET_OF_STRENGTHS:
             against_base = "induced" if row.setting.startswith("set ") else "outcomes"
             made["compared" if row.metric == "smallest_difference" else against_base].append(row)
     return made

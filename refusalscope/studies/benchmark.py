@@ -124,7 +124,8 @@ def summarise(
             rows.append(_change(answered, base[answered.dataset].score("refused"), clusters))
     rows += _pooled_draws(responses, base, prompts)
     rows += _comparisons(responses, prompts)
-    rows = [*stats.with_holm(rows), *_smallest(rows, prompts)]
+    clusters = {dataset: len(set(asked.clusters)) for dataset, asked in prompts.items()}
+    rows = [*stats.with_holm(rows), *comparisons.smallest(rows, clusters)]
     for (method, setting), measured in _with_pooled(costs).items():
         rows += _cost_rows(method, setting, measured, prompts[cost_prompts])
     untouched = [f"{r.method} {r.setting} on {r.dataset}" for r in responses if r.method != "base" and r.changed == 0]
@@ -138,29 +139,6 @@ def _change(answered: Responses, before: Sequence[float], clusters: Sequence[str
 
 def _scored(answered: Responses, metric: str, clusters: Sequence[str]) -> Scored:
     return Scored(answered.dataset, answered.method, answered.setting, answered.score(metric), clusters)
-
-
-def _smallest(rows: Sequence[Row], prompts: Mapping[str, Prompts]) -> list[Row]:
-    """The smallest difference that each family can show after Holm, at the fewest prompts that any of its rows has.
-
-    It takes that many discordant prompts of different clusters, all one way; n is 0 where there are too few.
-    """
-    families: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.p is not None and row.family:
-            families.setdefault((row.dataset, row.family), []).append(row)
-    made: dict[str, Row] = {}
-    for (dataset, _), members in families.items():
-        metric = "smallest_change" if members[0].metric == "refused_change" else "smallest_difference"
-        kind = "set " if members[0].setting.startswith("set ") else ""
-        n, setting = min(row.n for row in members), f"{kind}comparisons={len(members)}"
-        found, estimate = stats.smallest_difference(n, len(members)), Estimate(0, None, None, None, 0.0)
-        if found and found[0] <= len(set(prompts[dataset].clusters)):
-            setting = f"{setting} discordant={found[0]}"
-            estimate = Estimate(n, found[1], found[1], found[1], min(row.coverage for row in members))
-        row = _row(dataset, "any", metric, setting, estimate)
-        made.setdefault(f"{row.key()}/{row.n}", row)
-    return list(made.values())
 
 
 def _rates(answered: Responses, clusters: Sequence[str]) -> list[Row]:

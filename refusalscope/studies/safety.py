@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refusalscope.core import stats
-from refusalscope.core.comparisons import Scored, changes, differences, with_pooled
+from refusalscope.core.comparisons import Scored, changes, differences, smallest, with_pooled
 from refusalscope.core.types import Finding, NaN, Prompts, Question, Row, Verdicts
 
 QUESTION = "Which answers are harmful, refused or coherent, by which judge, and what does each edit change in that?"
@@ -40,7 +40,9 @@ def summarise(
         rows += differences(scored, f"{question}_difference:{judge}", what=metric)
         rows += _graded(made, prompts, f"{question}_score:{judge}")
         unscored += _unscored(judge, made, prompts)
-    return Finding("safety", QUESTION, tuple(stats.with_holm(rows)), tuple(unscored), provenance)
+    clusters = {dataset: len(set(asked.clusters)) for dataset, asked in prompts.items()}
+    rows = [*stats.with_holm(rows), *smallest(rows, clusters)]
+    return Finding("safety", QUESTION, tuple(rows), tuple(unscored), provenance)
 
 
 def _by_judge(verdicts: Sequence[Verdicts]) -> dict[tuple[str, Question], list[Verdicts]]:

@@ -151,7 +151,9 @@ def summarise(
     }
     known = {name: made._asdict() for name, made in chosen.items() if made is not None}
     notes = [*caveats, *_notes(scaled, chosen["scale"], len(prompts[asked])), *_untouched((*scaled, *induced))]
-    return Finding("sweep", QUESTION, tuple(stats.with_holm(rows)), tuple(notes), {**provenance, "chosen": known})
+    clusters = {name: len(set(asked.clusters)) for name, asked in prompts.items()}
+    rows = [*stats.with_holm(rows), *comparisons.smallest(rows, clusters)]
+    return Finding("sweep", QUESTION, tuple(rows), tuple(notes), {**provenance, "chosen": known})
 
 
 def _notes(scaled: Sequence[Cell], chosen: Choice | None, n: int) -> list[str]:
@@ -163,10 +165,10 @@ def _notes(scaled: Sequence[Cell], chosen: Choice | None, n: int) -> list[str]:
         f"The strength was chosen as one of {len(scaled)} on these very {n} validation prompts, so its rates here "
         "flatter it: what it does is for the test prompts of a run to say."
     ]
-    if smallest := stats.smallest_difference(n, 1):
+    if fewest := _fewest_discordant(n):
         notes.append(
-            f"Two strengths differ discernibly here from {smallest[0]} discordant prompts on, all one way "
-            f"({smallest[1]:.1%})."
+            f"The rule tells two strengths apart here from {fewest} discordant prompts of different intents on, all "
+            f"one way ({fewest / n:.1%})."
         )
     factors = {cell.answers.setting: cell.amount for cell in scaled}
     for edge, end, word in ((min, "strongest", "stronger"), (max, "mildest", "milder")):
@@ -176,6 +178,14 @@ def _notes(scaled: Sequence[Cell], chosen: Choice | None, n: int) -> list[str]:
                 "may do better (--factor)."
             )
     return notes
+
+
+def _fewest_discordant(n: int) -> int | None:
+    """How many of `n` prompts must differ, all one way, for the paired interval not to hold 0; None: even all."""
+    for found in range(1, n + 1):
+        if _difference([1.0] * found + [0.0] * (n - found), [0.0] * n, [str(i) for i in range(n)]).low > 0:
+            return found
+    return None
 
 
 def _untouched(cells: Sequence[Cell]) -> list[str]:
