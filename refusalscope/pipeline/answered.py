@@ -39,8 +39,12 @@ class Answered:
 def answers(store: Store) -> list[Answered]:
     """All answers of a run but those to the strengths that were tried, in the order of the benchmark's finding.
 
-    Raises ValueError when there are none.
+    Raises ValueError when there are none, and for a sweep.
     """
+    if "findings/sweep.json" in store.paths("findings", ".json"):
+        raise ValueError(
+            f"{store.root} is a sweep, on validation prompts alone: judge a run, such as of its chosen.toml"
+        )
     asked = {rows.name: rows for rows in (store.read(path, Prompts) for path in store.paths("prompts", ".jsonl"))}
     found = []
     for path in store.paths("responses", ".jsonl"):

@@ -21,6 +21,7 @@ from refusalscope.report.drawing import (
     UNKNOWN,
     Plot,
     Style,
+    counted,
     legend,
     panels,
     share_axis,
@@ -144,18 +145,12 @@ def _bar(axes: Axes, x: float, row: Row, colour: str) -> None:
 def _conditions(groups: Mapping[str, Group], methods: Sequence[str]) -> str:
     """What every caption says: on how many answers, and what a gap and hatching mean where there are any."""
     rows = [row for group in groups.values() for row in group.values()]
-    counts = [_counts(row for row in rows if row.method != "random")]
+    counts = [counted(row for row in rows if row.method != "random")]
     if "random" in methods:
-        counts.append(f"{_counts(row for row in rows if row.method == 'random')} for random, all draws together")
+        counts.append(f"{counted(row for row in rows if row.method == 'random')} for random, all draws together")
     notes = [f", by data set and method, with 95% intervals; n = {', '.join(filter(None, counts))}."]
     if any(len(group) < len(methods) for group in groups.values()):
         notes.append("A gap: not evaluated.")
     if any(row.n and row.coverage < COVERED for row in rows):
         notes.append(f"Hatched: fewer than {COVERED:.0%} of the answers could be scored.")
     return " ".join(notes)
-
-
-def _counts(rows: Iterable[Row]) -> str:
-    """`40`, or `38 to 40` where not every row rests on as many."""
-    found = sorted({row.n for row in rows})
-    return " to ".join(str(n) for n in dict.fromkeys((found[0], found[-1]))) if found else ""

@@ -23,6 +23,7 @@ from refusalscope.report.drawing import (
     Plot,
     Style,
     across,
+    counted,
     curve,
     lanes,
     legend,
@@ -74,8 +75,8 @@ def _outcomes(dataset: str, drawn: Sequence[Lane]) -> Plot | None:
     title(figure, f"{dataset} prompts")
     legend(figure, OUTCOMES)
     return Plot(
-        f"Share of {dataset} prompts refused, answered and incoherent under each edit, with 95% intervals. "
-        f"Hollow marks rest on fewer than {COVERED:.0%} of the prompts.",
+        f"Share of {dataset} prompts refused, answered and incoherent under each edit, with 95% intervals "
+        f"(n = {counted(row for lane in drawn for rows in lane.rows.values() for row in rows)}). Hollow marks rest on fewer than {COVERED:.0%} of the prompts.",
         figure,
     )
 
@@ -98,7 +99,8 @@ def _cost(dataset: str, drawn: Sequence[Lane]) -> Plot | None:
     title(figure, f"cost on {dataset} prompts")
     return Plot(
         f"What each edit costs on the unedited model’s own answers to {dataset} prompts, in nats per token, with 95% "
-        f"intervals: the rise of their cross-entropy, and the KL divergence of the next-token distribution.",
+        f"intervals: the rise of their cross-entropy, and the KL divergence of the next-token distribution "
+        f"(n = {counted(row for lane in drawn for rows in lane.rows.values() for row in rows)}).",
         figure,
     )
 
@@ -127,7 +129,8 @@ def _strength(finding: Finding, rows: Sequence[Row]) -> Plot | None:
     legend(figure, OUTCOMES)
     return Plot(
         f"Share of {DATASET_OF_STRENGTHS} prompts refused, answered and incoherent against the factor c that the "
-        f"features are scaled by, with 95% intervals; c = 1 is the unedited model, the dashed line the factor chosen.",
+        f"features are scaled by, with 95% intervals (n = "
+        f"{counted(row for by_metric in series.values() for points in by_metric.values() for _, row in points)}); c = 1 is the unedited model, the dashed line the factor chosen.",
         figure,
     )
 
@@ -166,7 +169,8 @@ def _induced(dataset: str, rows: Sequence[Row]) -> Plot | None:
     legend(figure, {**styles, **beside})
     return Plot(
         f"Share of {dataset} prompts refused, and of answers coherent (not empty, not looping, not cut off; a refusal "
-        f"may be coherent), against the value v that the features of each set are held at, with 95% intervals"
+        f"may be coherent), against the value v that the features of each set are held at, with 95% intervals "
+        f"(n = {counted(row for drawn in series.values() for points in drawn.values() for _, row in points)})"
         f"{'; dashed lines with bands: the refusal direction added instead' if references else ''}.",
         figure,
     )

@@ -190,6 +190,12 @@ def span(rows: Iterable[Row]) -> tuple[float, float]:
     return (low, high) if high > low else (low, low + 1.0)
 
 
+def counted(rows: Iterable[Row]) -> str:
+    """On how many values rows rest: `40`, or `38 to 40`; of random draws the pooled row counts all of them."""
+    found = sorted({row.n for row in rows})
+    return " to ".join(str(n) for n in dict.fromkeys((found[0], found[-1]))) if found else ""
+
+
 def legend(figure: Figure, named: Style, *, line: float = 1.6) -> None:
     """What each colour and marker stands for, under the title, in three columns; smaller where names are many."""
     many = len(named) > 3

@@ -20,6 +20,7 @@ from refusalscope.report.drawing import (
     ORANGE,
     Plot,
     Style,
+    counted,
     curve,
     legend,
     number_ticks,
@@ -93,9 +94,8 @@ def _grid(finding: Finding, cells: list[Strength]) -> Plot | None:
 
 
 def _counts(cells: Iterable[Strength]) -> str:
-    """On how many prompts the shares rest: `150`, or `120 to 150`."""
-    found = sorted({row.n for cell in cells for row in (cell.rows.get("refused"), cell.rows.get("answered")) if row})
-    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    """On how many prompts the shares rest."""
+    return counted(cell.rows[metric] for cell in cells for metric in ("refused", "answered") if metric in cell.rows)
 
 
 def _width(cell: Strength) -> float:
