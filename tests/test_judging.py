@@ -222,7 +222,10 @@ def test_every_judge_has_rates_changes_and_differences_of_its_own(store: Store) 
     assert score is not None
     assert score.estimate == pytest.approx(0.2)
     by_rule = {row.metric for row in finding.rows if not row.metric.endswith(":mine")}
-    assert by_rule == {"refused:phrase", "refused:first-token", "coherent:coherence"}
+    assert by_rule == {
+        *("refused:phrase", "refused:first-token", "coherent:coherence"),
+        *("smallest_change", "smallest_difference"),
+    }
     assert set(finding.provenance["judges"]) == {"mine"}
 
 

@@ -74,9 +74,10 @@ def _outcomes(dataset: str, drawn: Sequence[Lane]) -> Plot | None:
     axes.set_xlim(-0.02, 1.02)
     title(figure, f"{dataset} prompts")
     legend(figure, OUTCOMES)
+    n = counted(row for lane in drawn for rows in lane.rows.values() for row in rows)
     return Plot(
-        f"Share of {dataset} prompts refused, answered and incoherent under each edit, with 95% intervals "
-        f"(n = {counted(row for lane in drawn for rows in lane.rows.values() for row in rows)}). Hollow marks rest on fewer than {COVERED:.0%} of the prompts.",
+        f"Share of {dataset} prompts refused, answered and incoherent under each edit, with 95% intervals (n = {n}). "
+        f"Hollow marks rest on fewer than {COVERED:.0%} of the prompts.",
         figure,
     )
 
@@ -127,10 +128,11 @@ def _strength(finding: Finding, rows: Sequence[Row]) -> Plot | None:
     made[-1].set_xlabel("scaling factor c (1 = unedited)")
     title(figure, f"strength, tried on {DATASET_OF_STRENGTHS}")
     legend(figure, OUTCOMES)
+    n = counted(row for by_metric in series.values() for points in by_metric.values() for _, row in points)
     return Plot(
         f"Share of {DATASET_OF_STRENGTHS} prompts refused, answered and incoherent against the factor c that the "
-        f"features are scaled by, with 95% intervals (n = "
-        f"{counted(row for by_metric in series.values() for points in by_metric.values() for _, row in points)}); c = 1 is the unedited model, the dashed line the factor chosen.",
+        f"features are scaled by, with 95% intervals (n = {n}); c = 1 is the unedited model, the dashed line the factor "
+        f"chosen.",
         figure,
     )
 
