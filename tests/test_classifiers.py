@@ -6,7 +6,7 @@ What it should say is worked out beside it, with transformers and peft alone.
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import (
     AutoModelForCausalLM,
@@ -476,6 +477,33 @@ def test_one_checkpoint_cannot_stand_for_several(cache):
     with pytest.raises(ValueError, match=f"would take the place of {WILDGUARD} and of {LLAMA}"):
         judges.opened(["wildguard", "harmbench"], Settings(device="cpu", model=where))
     assert len([*judges.opened(["wildguard", "wildguard-refused"], Settings(device="cpu", model=where))]) == 2
+
+
+LAYER = "model.layers.0.mlp.down_proj.weight"
+
+
+def altered(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> str:
+    """The folder, once what one of its safetensors files holds has been changed."""
+    weights = load_file(folder / name)
+    change(weights)
+    save_file(weights, folder / name, {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("change", [lambda held: held.pop(LAYER), lambda held: held.update({LAYER: torch.ones(3, 48)})])
+def test_weights_that_are_missing_or_do_not_fit_are_not_made_up(tmp_path, change):
+    judge_models.harmbench(tmp_path)
+    judge = one("harmbench", model=altered(tmp_path, "model.safetensors", change))
+    with pytest.raises(ValueError, match=f"cannot load the weights of .*: 1 are missing .*such as {LAYER}$"):
+        judge.score(exchanges("tea"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_with_a_part_missing_is_none(tmp_path, template):
+    judge_models.strongreject(tmp_path / "adapter", tmp_path / "base")
+    where = altered(tmp_path / "adapter", "adapter_model.safetensors", lambda held: held.pop(sorted(held)[0]))
+    with pytest.raises(ValueError, match="cannot load the weights of adapter: Found missing adapter keys"):
+        one("strongreject", model=where, template=template).score(exchanges("tea"))
 
 
 def test_an_adapter_says_that_it_needs_peft(monkeypatch, template):

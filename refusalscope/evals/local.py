@@ -191,7 +191,12 @@ def _causal(checkpoint: Checkpoint, reader: Reader, device: str, dtype: Any) -> 
         with warnings.catch_warnings():
             # peft asks transformers by a name that is going away; only peft can change that.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            model = PeftModel.from_pretrained(model, str(adapter_folder(checkpoint)))
+            # An adapter with a part missing is another judge, which peft only warns of.
+            warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
+            try:
+                model = PeftModel.from_pretrained(model, str(adapter_folder(checkpoint)))
+            except UserWarning as error:
+                raise ValueError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
     return _ready(model, device, checkpoint)
 
 
@@ -202,12 +207,21 @@ def adapter_folder(checkpoint: Checkpoint) -> Any:
 
 
 def _pretrained(kind: Any, checkpoint: Checkpoint, dtype: Any) -> Any:
-    """The weights at the checkpoint's commit. Raises ValueError, one line, when they cannot be read."""
+    """The weights at the checkpoint's commit. Raises ValueError, one line, unless all can be read."""
     where = {} if checkpoint.revision is None else {"revision": checkpoint.revision}
+    # What does not fit is reported by us, in a line.
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        return kind.from_pretrained(checkpoint.source, dtype=dtype, **where)
+        model, info = kind.from_pretrained(checkpoint.source, dtype=dtype, **told, **where)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
+    # transformers fills such weights with random numbers, which would judge all the same.
+    if lacking := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
+        raise ValueError(
+            f"cannot load the weights of {checkpoint.name}: {len(lacking)} are missing or of another size, "
+            f"such as {lacking[0]}"
+        )
+    return model
 
 
 def _ready(model: Any, device: str, checkpoint: Checkpoint) -> Any:
