@@ -437,7 +437,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does():
     assert not any(reply.final for reply in replies)
 
 
-def test_what_goes_wrong_in_one_batch_costs_no_other_its_scores(monkeypatch):
+def test_what_goes_wrong_with_one_exchange_costs_no_other_its_score(monkeypatch):
     engine = Local(checkpoints.find(LLAMA), device="cpu", batch_size=2)
     encode = engine.reader.encode
 
@@ -448,8 +448,9 @@ def test_what_goes_wrong_in_one_batch_costs_no_other_its_scores(monkeypatch):
 
     monkeypatch.setattr(engine.reader, "encode", fails)
     replies = engine.complete([*"abcde"], choices=("yes", "no"), tokens=1)
-    assert [reply.fault for reply in replies] == ["", "", "failed: a cable", "failed: a cable", ""]
-    assert [reply.final for reply in replies] == [True, True, False, False, True]
+    assert [reply.fault for reply in replies] == ["", "", "failed: a cable", "", ""]
+    assert [reply.final for reply in replies] == [True, True, False, True, True]
+    assert engine.batch_size == 2
 
 
 @pytest.mark.parametrize(

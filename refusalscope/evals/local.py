@@ -152,7 +152,8 @@ def in_batches(
 ) -> tuple[list[Reply], int]:
     """A reply per item, and the batch size that memory was enough for.
 
-    A batch for which memory is not enough is halved; whatever else goes wrong is the reply of all in the batch.
+    A batch for which memory is not enough is halved. Whatever else goes wrong has its batch asked one by one, so that
+    it is the reply of no exchange but its own.
     """
     from accelerate.utils.memory import should_reduce_batch_size
 
@@ -163,15 +164,17 @@ def in_batches(
             replies += answer(part)
             continue
         except Exception as error:
-            # Libraries fail in their own ways, and no exchange may cost the others their scores.
+            # Libraries fail in their own ways.
             is_memory = should_reduce_batch_size(error)
             fault = f"out of memory, even alone: {first_line(error)}" if is_memory else f"failed: {first_line(error)}"
         # The error is gone here, and with it the tensors that its traceback held.
         tidy()
-        if is_memory and len(part) > 1:
+        if len(part) == 1:
+            replies.append(Reply("", {}, fault, final=False))
+        elif is_memory:
             size = len(part) // 2
         else:
-            replies += [Reply("", {}, fault, final=False)] * len(part)
+            replies += in_batches(part, 1, answer)[0]
     return replies, size
 
 
