@@ -339,6 +339,15 @@ def test_a_word_that_is_no_token_is_known_by_its_first_piece():
     assert reader.openings(("warmth", "warm")) == {}
 
 
+def test_marks_before_the_first_word_are_no_word():
+    reader = checkpoints.Reader.load(checkpoints.find(GUARDS["llama-guard"]))
+    ids = reader.tokenizer.convert_tokens_to_ids(["ĊĊ", '"', "*", "_", "unsafe", '"', "<|eot_id|>"])
+    assert None not in ids
+    assert reader.first_word(ids) == 4
+    assert reader.first_word(ids[:4]) is None
+    assert reader.first_word([*ids[:2], ids[-1]]) == 2
+
+
 def test_bytes_are_no_words():
     reader = checkpoints.Reader.load(checkpoints.find(STRONGREJECT))
     grades = "12345"

@@ -375,6 +375,14 @@ def test_llama_cpp_writes_the_probabilities_of_completions_as_those_of_chats():
     assert dialect.reply(content, CHOICES).probabilities == pytest.approx({"yes": 0.6065307, "no": 0.3678794})
 
 
+@pytest.mark.parametrize("marks", [['"'], ["\n", "**"], ["_", ' "']])
+def test_marks_before_the_word_are_skipped(marks):
+    places = [{"token": mark, "top_logprobs": [{"token": "no", "logprob": -9.0}]} for mark in marks]
+    places += [{"token": "yes", "top_logprobs": [{"token": "yes", "logprob": 0.0}]}]
+    assert dialect.probabilities({"content": places}, CHOICES) == {"yes": 1.0, "no": 0.0}
+    assert dialect.probabilities({"content": places[:-1]}, CHOICES) == {}
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda some: st.lists(some, max_size=4) | st.dictionaries(st.text(max_size=5), some, max_size=4),

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from refusalscope.evals.engines import is_word
 from refusalscope.inputs import hub, releases
 
 SMALL = ("README.md", "*.json", "*.jinja", "tokenizer*", "*.model")
@@ -165,8 +166,8 @@ class Reader:
         return re.fullmatch("<0x[0-9A-F]{2}>", self.tokenizer.convert_ids_to_tokens(token)) is not None
 
     def first_word(self, ids: Sequence[int]) -> int | None:
-        """Where the first token stands that is more than white space; an end of turn is."""
-        return next((at for at, token in enumerate(ids) if self.tokenizer.decode([token]).strip()), None)
+        """Where the first token stands with a letter or digit in it; an end of turn has one."""
+        return next((at for at, token in enumerate(ids) if is_word(self.tokenizer.decode([token]))), None)
 
     def _first_pieces(self, word: str) -> list[int]:
         spelled = [before + form for before in ("", "\n\n", " ") for form in (word, word.capitalize())]
