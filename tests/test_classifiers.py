@@ -516,6 +516,35 @@ def test_an_adapter_with_a_part_missing_is_none(tmp_path, template):
         one("strongreject", model=where, template=template).score(exchanges("tea"))
 
 
+def test_weights_that_cannot_be_read_are_a_line(tmp_path):
+    judge_models.harmbench(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"tea" * 99)
+    with pytest.raises(ValueError, match=r"cannot load the weights of .*deserializing header") as raised:
+        one("harmbench", model=str(tmp_path)).score(exchanges("tea"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_of_another_size_is_a_line(tmp_path, template):
+    judge_models.strongreject(tmp_path / "adapter", tmp_path / "base")
+    where = altered(
+        tmp_path / "adapter",
+        "adapter_model.safetensors",
+        lambda held: held.update({name: weight[:2].contiguous() for name, weight in held.items()}),
+    )
+    with pytest.raises(ValueError, match="cannot load the weights of adapter: ") as raised:
+        one("strongreject", model=where, template=template).score(exchanges("tea"))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_a_line(tmp_path):
+    judge_models.harmbench(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(ValueError, match="cannot read the tokenizer of ") as raised:
+        one("harmbench", model=str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
 def test_an_adapter_says_that_it_needs_peft(monkeypatch, template):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"is an adapter, which needs peft.*pip install 'refusalscope\[judges\]'"):

@@ -85,7 +85,8 @@ class Reader:
         try:
             tokenizer = AutoTokenizer.from_pretrained(own.folder)
             config = AutoConfig.from_pretrained(base.folder).get_text_config()
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:
+            # Libraries fail in their own ways; what tokenizers raises for a file is a bare Exception.
             raise ValueError(f"cannot read the tokenizer of {checkpoint.name}: {first_line(error)}") from error
         positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
         return cls(tokenizer, min(int(tokenizer.model_max_length), int(positions)))

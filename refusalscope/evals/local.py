@@ -6,6 +6,7 @@ Weights are loaded by the first request and gone after `release`. Nothing here k
 import gc
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -63,7 +64,8 @@ class Local:
         self, items: Sequence[Item], text: Callable[[Item], str], choices: Sequence[str], tokens: int
     ) -> list[Reply]:
         if items and self.model is None:
-            self.model = _causal(self.checkpoint, self.reader, self.device, self.dtype)
+            load = partial(_causal, self.checkpoint, self.reader, self.dtype)
+            self.model = _loaded(load, self.checkpoint, self.device)
 
         def answer(part: Sequence[Item]) -> list[Reply]:
             return self._generate([self.reader.encode(text(item), new=tokens) for item in part], choices, tokens)
@@ -123,8 +125,8 @@ class Sequences:
         if texts and self.model is None:
             from transformers import AutoModelForSequenceClassification
 
-            model = _pretrained(AutoModelForSequenceClassification, self.checkpoint, self.dtype)
-            self.model = _ready(model, self.device, self.checkpoint)
+            load = partial(_pretrained, AutoModelForSequenceClassification, self.checkpoint, self.dtype)
+            self.model = _loaded(load, self.checkpoint, self.device)
         replies, self.batch_size = in_batches(texts, self.batch_size, self._labelled)
         return replies
 
@@ -178,29 +180,26 @@ def in_batches(
     return replies, size
 
 
-def _causal(checkpoint: Checkpoint, reader: Reader, device: str, dtype: Any) -> Any:
-    """The model on its device, without gradients; an adapter's on its base."""
+def _causal(checkpoint: Checkpoint, reader: Reader, dtype: Any) -> Any:
+    """The model; an adapter's on its base."""
     from transformers import AutoModelForCausalLM
 
     model = _pretrained(AutoModelForCausalLM, checkpoint.base or checkpoint, dtype)
     # Sampling defaults and penalties that a checkpoint ships would break greedy decoding; only its end tokens stay.
     kept = {"eos_token_id": model.generation_config.eos_token_id}
     model.generation_config = type(model.generation_config)(**kept)
-    if checkpoint.base is not None:
-        from peft import PeftModel
+    if checkpoint.base is None:
+        return model
+    from peft import PeftModel
 
-        if len(reader.tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(reader.tokenizer))
-        with warnings.catch_warnings():
-            # peft asks transformers by a name that is going away; only peft can change that.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            # An adapter with a part missing is another judge, which peft only warns of.
-            warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
-            try:
-                model = PeftModel.from_pretrained(model, str(adapter_folder(checkpoint)))
-            except UserWarning as error:
-                raise ValueError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
-    return _ready(model, device, checkpoint)
+    if len(reader.tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(reader.tokenizer))
+    with warnings.catch_warnings():
+        # peft asks transformers by a name that is going away; only peft can change that.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        # An adapter with a part missing is another judge, which peft only warns of.
+        warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
+        return PeftModel.from_pretrained(model, str(adapter_folder(checkpoint)))
 
 
 def adapter_folder(checkpoint: Checkpoint) -> Any:
@@ -210,28 +209,26 @@ def adapter_folder(checkpoint: Checkpoint) -> Any:
 
 
 def _pretrained(kind: Any, checkpoint: Checkpoint, dtype: Any) -> Any:
-    """The weights at the checkpoint's commit. Raises ValueError, one line, unless all can be read."""
+    """The weights at the checkpoint's commit. Raises ValueError when some are missing, and whatever libraries raise."""
     where = {} if checkpoint.revision is None else {"revision": checkpoint.revision}
     # What does not fit is reported by us, in a line.
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        model, info = kind.from_pretrained(checkpoint.source, dtype=dtype, **told, **where)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
+    model, info = kind.from_pretrained(checkpoint.source, dtype=dtype, **told, **where)
     # transformers fills such weights with random numbers, which would judge all the same.
     if lacking := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
-        raise ValueError(
-            f"cannot load the weights of {checkpoint.name}: {len(lacking)} are missing or of another size, "
-            f"such as {lacking[0]}"
-        )
+        raise ValueError(f"{len(lacking)} are missing or of another size, such as {lacking[0]}")
     return model
 
 
-def _ready(model: Any, device: str, checkpoint: Checkpoint) -> Any:
+def _loaded(load: Callable[[], Any], checkpoint: Checkpoint, device: str) -> Any:
+    """What `load` makes, on the device, without gradients. Raises ValueError, one line, whatever goes wrong."""
     try:
-        return model.to(device).eval().requires_grad_(False)
+        return load().to(device).eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{checkpoint.name} does not fit into the memory of {device}: {first_line(error)}") from error
+    except Exception as error:
+        # Libraries fail in their own ways: by a file's bytes, a size, a key, a module that is not there.
+        raise ValueError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
 
 
 def _until(row: list[int], ends: Sequence[int]) -> list[int]:
