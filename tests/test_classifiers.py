@@ -3,6 +3,7 @@
 What it should say is worked out beside it, with transformers and peft alone.
 """
 
+import json
 import math
 import os
 import sys
@@ -535,6 +536,25 @@ def test_an_adapter_of_another_size_is_a_line(tmp_path, template):
     with pytest.raises(ValueError, match="cannot load the weights of adapter: ") as raised:
         one("strongreject", model=where, template=template).score(exchanges("tea"))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("name", ["harmbench", "minos", "strongreject"])
+def test_pickles_are_not_read(tmp_path, template, name):
+    where, more = tmp_path / name, {"template": template} if name == "strongreject" else {}
+    getattr(judge_models, name)(where, *([tmp_path / "base"] if more else []))
+    for held, pickle in {"model": "pytorch_model", "adapter_model": "adapter_model"}.items():
+        if (weights := where / f"{held}.safetensors").is_file():
+            torch.save(load_file(weights), where / f"{pickle}.bin")
+            weights.unlink()
+    with pytest.raises(ValueError, match=f"cannot load the weights of {name}: {checkpoints.NO_SAFETENSORS}$"):
+        one(name, model=str(where), **more).score(exchanges("tea"))
+
+
+def test_an_adapter_of_an_adapter_is_refused(cache, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": STRONGREJECT}))
+    with pytest.raises(ValueError, match=f"adapts {STRONGREJECT}, which is an adapter itself"):
+        checkpoints.find(str(tmp_path))
 
 
 def test_a_tokenizer_that_cannot_be_read_is_a_line(tmp_path):

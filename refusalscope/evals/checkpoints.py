@@ -16,6 +16,8 @@ from refusalscope.inputs import hub, releases
 
 SMALL = ("README.md", "*.json", "*.jinja", "tokenizer*", "*.model")
 """All that is wanted before the weights are."""
+ADAPTER = "adapter_model.safetensors"
+NO_SAFETENSORS = "weights are read from .safetensors files alone, and there are none"
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,23 @@ def find(name: str, revision: str | None = None) -> Checkpoint:
             base_name, base_revision = str(adapted["base_model_name_or_path"]), adapted.get("revision")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{name}: its adapter_config.json does not say what it adapts") from error
-        return Checkpoint(shown, name, commit, folder, find(base_name, base_revision))
+        base = find(base_name, base_revision)
+        if base.base is not None:
+            raise ValueError(f"{name} adapts {base_name}, which is an adapter itself: merge one of them into its base")
+        return Checkpoint(shown, name, commit, folder, base)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name} holds no checkpoint: there is neither a config.json nor an adapter_config.json")
     return Checkpoint(shown, name, commit, folder)
+
+
+def adapter_folder(checkpoint: Checkpoint) -> Path:
+    """The folder with an adapter's configuration and weights. Raises ValueError where there are no safetensors."""
+    folder = checkpoint.folder
+    if checkpoint.revision is not None:
+        folder = hub.snapshot(checkpoint.source, "adapter_config.json", ADAPTER, revision=checkpoint.revision)
+    if not (folder / ADAPTER).is_file():
+        raise ValueError(NO_SAFETENSORS)
+    return folder
 
 
 class Reader:

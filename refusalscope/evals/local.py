@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusalscope.evals.checkpoints import Checkpoint, Reader, first_line
+from refusalscope.evals.checkpoints import NO_SAFETENSORS, Checkpoint, Reader, adapter_folder, first_line
 from refusalscope.evals.engines import Message, Reply
-from refusalscope.inputs import hub
 from refusalscope.inputs.loading import choose_device, choose_dtype, end_tokens
 
 Item = TypeVar("Item")
@@ -202,18 +201,16 @@ def _causal(checkpoint: Checkpoint, reader: Reader, dtype: Any) -> Any:
         return PeftModel.from_pretrained(model, str(adapter_folder(checkpoint)))
 
 
-def adapter_folder(checkpoint: Checkpoint) -> Any:
-    if checkpoint.revision is None:
-        return checkpoint.folder
-    return hub.snapshot(checkpoint.source, "adapter_*", revision=checkpoint.revision)
-
-
 def _pretrained(kind: Any, checkpoint: Checkpoint, dtype: Any) -> Any:
     """The weights at the checkpoint's commit. Raises ValueError when some are missing, and whatever libraries raise."""
     where = {} if checkpoint.revision is None else {"revision": checkpoint.revision}
     # What does not fit is reported by us, in a line.
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = kind.from_pretrained(checkpoint.source, dtype=dtype, **told, **where)
+    try:
+        model, info = kind.from_pretrained(checkpoint.source, dtype=dtype, use_safetensors=True, **told, **where)
+    except OSError as error:
+        # transformers advises to read pickles then, which can run anything.
+        raise ValueError(NO_SAFETENSORS if "safetensors" in str(error) else str(error)) from error
     # transformers fills such weights with random numbers, which would judge all the same.
     if lacking := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         raise ValueError(f"{len(lacking)} are missing or of another size, such as {lacking[0]}")

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from refusalscope.evals.checkpoints import Checkpoint, Reader, first_line
+from refusalscope.evals.checkpoints import Checkpoint, Reader, adapter_folder, first_line
 from refusalscope.evals.engines import Message, Reply
-from refusalscope.evals.local import Item, adapter_folder, in_batches, tidy
+from refusalscope.evals.local import Item, in_batches, tidy
 
 TOP = 20
 """Tokens whose probabilities vLLM gives at most, unless it is told otherwise."""
@@ -89,6 +89,7 @@ class Vllm:
                 revision=base.revision,
                 tokenizer=self.reader.tokenizer.name_or_path,
                 dtype=self.dtype,
+                load_format="safetensors",
                 max_model_len=self.reader.context,
                 enable_lora=self.checkpoint.base is not None,
             )
