@@ -324,6 +324,20 @@ def test_an_answer_beyond_the_context_loses_its_beginning_and_the_question_stays
     assert verdict.score in (0, 1)
 
 
+def test_a_text_is_cut_to_the_last_token_or_said_to_have_no_room():
+    reader = checkpoints.Reader.load(checkpoints.find(LLAMA))
+    assert len(reader.encode("tea " * 99, new=510)) == 2
+    assert "tea ".endswith(reader.tail("tea " * 99, new=510))
+    assert reader.head("tea", 0) == ""
+    for new in (511, 512, 600):
+        for cut in (reader.encode, reader.tail):
+            with pytest.raises(ValueError, match=f"context of 512 tokens has no room beside the {new} of its reply"):
+                cut("tea", new=new)
+    with calls(LlamaForCausalLM) as seen, pytest.raises(ValueError, match="has no room"):
+        Local(checkpoints.find(LLAMA), device="cpu", batch_size=2).complete(["tea"], choices=(), tokens=512)
+    assert seen == []
+
+
 @pytest.mark.parametrize("text", ["tea", "<s>tea", "<s><s>tea", "<s>te<s>a", "", "<s>"])
 def test_there_is_exactly_one_bos(text):
     reader = checkpoints.Reader.load(checkpoints.find(WILDGUARD))

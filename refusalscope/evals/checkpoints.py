@@ -106,26 +106,34 @@ class Reader:
         positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
         return cls(tokenizer, min(int(tokenizer.model_max_length), int(positions)))
 
+    def room(self, new: int) -> int:
+        """Tokens that fit beside BOS and `new` more. Raises ValueError, one line, where none does."""
+        room = self.context - new - (self._bos is not None)
+        if room <= 0:
+            raise ValueError(f"the judge's context of {self.context} tokens has no room beside the {new} of its reply")
+        return room
+
     def encode(self, text: str, *, new: int) -> list[int]:
-        """Ids with exactly one BOS where the text or the tokenizer has one, short enough for `new` more.
+        """Ids with exactly one BOS where the text or the tokenizer has one, short enough for `new` more (see `room`).
 
         What is too long loses its beginning, so that the question at the template's end is never lost.
         """
+        room = self.room(new)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         bos = [self._bos] if self.adds_bos or (ids and ids[0] == self._bos) else []
         kept = [token for token in ids if token != self._bos]
-        return bos + kept[-(self.context - new - len(bos)) :]
+        return bos + kept[-room:]
 
     def head(self, text: str, tokens: int) -> str:
         """The first `tokens` tokens of a text, as they stand in it."""
-        ends = [end for _, end in self._offsets(text)]
-        return text[: ends[tokens - 1]] if len(ends) > tokens else text
+        ends = [0, *(end for _, end in self._offsets(text))]
+        return text[: ends[tokens]] if len(ends) > tokens + 1 else text
 
     def tail(self, text: str, *, new: int) -> str:
-        """A text for a server that adds BOS: without one, and short enough for `new` more; its beginning is lost."""
+        """For a server that adds BOS: the text without one, its beginning cut so that `new` more fit (see `room`)."""
         text = text.removeprefix(self.tokenizer.bos_token or "")
         starts = [start for start, _ in self._offsets(text)]
-        room = self.context - new - self.adds_bos
+        room = self.room(new)
         return text[starts[-room] :] if len(starts) > room else text
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:

@@ -63,6 +63,7 @@ class Local:
         self, items: Sequence[Item], text: Callable[[Item], str], choices: Sequence[str], tokens: int
     ) -> list[Reply]:
         if items and self.model is None:
+            self.reader.room(tokens)
             load = partial(_causal, self.checkpoint, self.reader, self.dtype)
             self.model = _loaded(load, self.checkpoint, self.device)
 

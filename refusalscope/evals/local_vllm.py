@@ -53,6 +53,7 @@ class Vllm:
         self, items: Sequence[Item], text: Callable[[Item], str], choices: Sequence[str], tokens: int
     ) -> list[Reply]:
         if items and self.model is None:
+            self.reader.room(tokens)
             self.model = self._engine()
 
         def answer(part: Sequence[Item]) -> list[Reply]:
