@@ -119,6 +119,20 @@ def test_fields_that_a_server_refuses_are_found_once_and_left_out(fields, asked)
     assert judge.asked[-1].get("response_format", {}).get("type") == asked
 
 
+@pytest.mark.parametrize(("status", "before"), [(500, 4), (501, 1)])
+@pytest.mark.parametrize("field", ["logprobs", "response_format"])
+def test_a_server_that_breaks_on_a_field_is_asked_without(status, before, field):
+    def script(body: Body, _before: int) -> Said | None:
+        return Said(status, b"oops") if field in body else None
+
+    with judge_server(script=script) as judge:
+        replies = converse(quick(judge.url), "a", "b", schema=SCHEMA)
+    assert [reply.fault for reply in replies] == ["", ""]
+    # json_schema with and without log-probabilities, json_object, and neither.
+    lesser = {"logprobs": 1, "response_format": 3}[field]
+    assert len(judge.asked) == before + lesser + 1
+
+
 def test_a_schema_may_be_loosened_to_any_json():
     def script(body: Body, _before: int) -> Said | None:
         kind = body.get("response_format", {}).get("type")
@@ -159,7 +173,9 @@ def test_what_passes_is_tried_again(fault):
 @pytest.mark.parametrize(
     ("fault", "why", "requests"),
     [
-        (Said(500, b"oops"), "the server says 500: oops", 4),
+        (Said(500, b"oops"), "the server says 500: oops", 6),
+        (Said(501, b"never"), "the server says 501: never", 3),
+        (Said(503, b"busy"), "the server says 503: busy", 4),
         (Said(429, b"slowly"), "the server says 429: slowly", 4),
         (Said(200, b'{"choi', length=500), "the server's answer was cut off: ", 4),
         (Said(400, b'{"error": "context too long"}'), 'the server says 400: {"error": "context too long"}', 3),
@@ -315,6 +331,18 @@ def test_the_key_reaches_the_server_and_nobody_else(monkeypatch, caplog):
         assert judge.headers[0]["Authorization"] == f"Bearer {key}"
     assert "key [key] is not mine" in reply.fault
     assert key not in repr(reply) + repr(server) + caplog.text
+
+
+@pytest.mark.parametrize("url", ["http://judge.example", "http://192.0.2.1:8000/v1", "http://localhost.example"])
+def test_a_key_goes_to_no_other_host_over_plain_http(monkeypatch, url):
+    assert Server(url, MODEL)
+    monkeypatch.setenv(transport.KEY, "sk-0123456789")
+    with pytest.raises(ValueError, match=r"over plain http.*https --judge-url") as raised:
+        Server(url, MODEL)
+    assert "sk-0123456789" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+    for safe in (url.replace("http:", "https:"), "http://localhost:8000", "http://127.0.0.1:8000", "http://[::1]"):
+        assert Server(safe, MODEL)
 
 
 def test_without_a_key_none_is_sent():

@@ -42,11 +42,19 @@ def address(url: str) -> str:
     return str(parsed).rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def key() -> str:
-    """The server's key; empty where there is none. Raises ValueError for one that no header can carry."""
+def key(root: str) -> str:
+    """The key of the server at `root`; empty where there is none.
+
+    Raises ValueError for one that no header can carry, and where anybody on the way could read it.
+    """
     key = os.environ.get(KEY, "").strip()
     if not all("!" <= letter <= "~" for letter in key):
         raise ValueError(f"the environment variable {KEY} holds characters that are in no key")
+    if key and httpx.URL(root).scheme != "https" and not is_loopback(root):
+        raise ValueError(
+            f"the key in {KEY} would go to {httpx.URL(root).host} over plain http, where others can read it: give an "
+            "https --judge-url, reach the server through a tunnel to localhost, or unset the variable"
+        )
     return key
 
 
