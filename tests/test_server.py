@@ -458,17 +458,22 @@ def test_whatever_the_bytes_there_is_a_reply(status, fields, said, http):
 
 
 @contextmanager
-def _raw(said: bytes) -> Iterator[str]:
-    """A server that is healthy, says these bytes to whatever it is asked, and hangs up."""
+def _raw(said: bytes, drip: float = 0.0) -> Iterator[str]:
+    """A healthy server that says these bytes to whatever it is asked, `drip` seconds between them, and hangs up."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
             with suppress(OSError):
                 while True:
                     connection, _ = server.accept()
-                    with connection:
+                    with connection, suppress(BrokenPipeError, ConnectionResetError):
                         asked = connection.recv(4096)
-                        connection.sendall(said if asked.startswith(b"POST") else b"HTTP/1.1 200 OK\r\n\r\n")
+                        if not asked.startswith(b"POST"):
+                            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                            continue
+                        for part in [bytes([byte]) for byte in said] if drip else [said]:
+                            connection.sendall(part)
+                            time.sleep(drip)
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -477,3 +482,8 @@ def _raw(said: bytes) -> Iterator[str]:
         finally:
             server.shutdown(socket.SHUT_RDWR)
             thread.join()
+
+
+def test_headers_that_trickle_in_are_not_waited_for():
+    with _raw(b"HTTP/1.1 200 OK\r\n" + b"X: a\r\n" * 99, drip=0.02) as url:
+        assert complete(quick(url, timeout=0.4, attempts=1)) == [dialect.failed("timed out: no answer within 0.4 s")]
