@@ -40,7 +40,9 @@ class Vllm:
         tokens: int,
         schema: Mapping[str, Any] | None = None,
     ) -> list[Reply]:
-        """Answer each chat. Raises ValueError when the weights cannot be loaded; answers follow no schema here."""
+        """Answer each chat. Raises ValueError for a schema, and when the weights cannot be loaded."""
+        if schema is not None:
+            raise ValueError("a model in this process follows no schema: ask one behind a server")
         return self._replies(chats, self.reader.render, choices, tokens)
 
     def release(self) -> None:
