@@ -213,7 +213,7 @@ def _pretrained(kind: Any, checkpoint: Checkpoint, dtype: Any) -> Any:
         model, info = kind.from_pretrained(checkpoint.source, dtype=dtype, use_safetensors=True, **told, **where)
     except OSError as error:
         # transformers advises to read pickles then, which can run anything.
-        raise ValueError(NO_SAFETENSORS if "safetensors" in str(error) else str(error)) from error
+        raise ValueError(NO_SAFETENSORS if "file named model.safetensors" in str(error) else str(error)) from error
     # transformers fills such weights with random numbers, which would judge all the same.
     if lacking := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         raise ValueError(f"{len(lacking)} are missing or of another size, such as {lacking[0]}")
