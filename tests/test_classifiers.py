@@ -3,10 +3,11 @@
 What it should say is worked out beside it, with transformers and peft alone.
 """
 
+import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import (
     AutoModelForCausalLM,
@@ -322,6 +324,20 @@ def test_an_answer_beyond_the_context_loses_its_beginning_and_the_question_stays
     assert verdict.score in (0, 1)
 
 
+def test_a_text_is_cut_to_the_last_token_or_said_to_have_no_room():
+    reader = checkpoints.Reader.load(checkpoints.find(LLAMA))
+    assert len(reader.encode("tea " * 99, new=510)) == 2
+    assert "tea ".endswith(reader.tail("tea " * 99, new=510))
+    assert reader.head("tea", 0) == ""
+    for new in (511, 512, 600):
+        for cut in (reader.encode, reader.tail):
+            with pytest.raises(ValueError, match=f"context of 512 tokens has no room beside the {new} of its reply"):
+                cut("tea", new=new)
+    with calls(LlamaForCausalLM) as seen, pytest.raises(ValueError, match="has no room"):
+        Local(checkpoints.find(LLAMA), device="cpu", batch_size=2).complete(["tea"], choices=(), tokens=512)
+    assert seen == []
+
+
 @pytest.mark.parametrize("text", ["tea", "<s>tea", "<s><s>tea", "<s>te<s>a", "", "<s>"])
 def test_there_is_exactly_one_bos(text):
     reader = checkpoints.Reader.load(checkpoints.find(WILDGUARD))
@@ -336,6 +352,15 @@ def test_a_word_that_is_no_token_is_known_by_its_first_piece():
     assert all(text and word.startswith(text.casefold()) for word, pieces in texts.items() for text in pieces)
     assert all(texts.values())
     assert reader.openings(("warmth", "warm")) == {}
+
+
+def test_marks_before_the_first_word_are_no_word():
+    reader = checkpoints.Reader.load(checkpoints.find(GUARDS["llama-guard"]))
+    ids = reader.tokenizer.convert_tokens_to_ids(["ĊĊ", '"', "*", "_", "unsafe", '"', "<|eot_id|>"])
+    assert None not in ids
+    assert reader.first_word(ids) == 4
+    assert reader.first_word(ids[:4]) is None
+    assert reader.first_word([*ids[:2], ids[-1]]) == 2
 
 
 def test_bytes_are_no_words():
@@ -436,7 +461,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does():
     assert not any(reply.final for reply in replies)
 
 
-def test_what_goes_wrong_in_one_batch_costs_no_other_its_scores(monkeypatch):
+def test_what_goes_wrong_with_one_exchange_costs_no_other_its_score(monkeypatch):
     engine = Local(checkpoints.find(LLAMA), device="cpu", batch_size=2)
     encode = engine.reader.encode
 
@@ -447,8 +472,9 @@ def test_what_goes_wrong_in_one_batch_costs_no_other_its_scores(monkeypatch):
 
     monkeypatch.setattr(engine.reader, "encode", fails)
     replies = engine.complete([*"abcde"], choices=("yes", "no"), tokens=1)
-    assert [reply.fault for reply in replies] == ["", "", "failed: a cable", "failed: a cable", ""]
-    assert [reply.final for reply in replies] == [True, True, False, False, True]
+    assert [reply.fault for reply in replies] == ["", "", "failed: a cable", "", ""]
+    assert [reply.final for reply in replies] == [True, True, False, True, True]
+    assert engine.batch_size == 2
 
 
 @pytest.mark.parametrize(
@@ -476,6 +502,81 @@ def test_one_checkpoint_cannot_stand_for_several(cache):
     with pytest.raises(ValueError, match=f"would take the place of {WILDGUARD} and of {LLAMA}"):
         judges.opened(["wildguard", "harmbench"], Settings(device="cpu", model=where))
     assert len([*judges.opened(["wildguard", "wildguard-refused"], Settings(device="cpu", model=where))]) == 2
+
+
+LAYER = "model.layers.0.mlp.down_proj.weight"
+
+
+def altered(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> str:
+    """The folder, once what one of its safetensors files holds has been changed."""
+    weights = load_file(folder / name)
+    change(weights)
+    save_file(weights, folder / name, {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("change", [lambda held: held.pop(LAYER), lambda held: held.update({LAYER: torch.ones(3, 48)})])
+def test_weights_that_are_missing_or_do_not_fit_are_not_made_up(tmp_path, change):
+    judge_models.harmbench(tmp_path)
+    judge = one("harmbench", model=altered(tmp_path, "model.safetensors", change))
+    with pytest.raises(ValueError, match=f"cannot load the weights of .*: 1 are missing .*such as {LAYER}$"):
+        judge.score(exchanges("tea"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_with_a_part_missing_is_none(tmp_path, template):
+    judge_models.strongreject(tmp_path / "adapter", tmp_path / "base")
+    where = altered(tmp_path / "adapter", "adapter_model.safetensors", lambda held: held.pop(sorted(held)[0]))
+    with pytest.raises(ValueError, match="cannot load the weights of adapter: Found missing adapter keys"):
+        one("strongreject", model=where, template=template).score(exchanges("tea"))
+
+
+def test_weights_that_cannot_be_read_are_a_line(tmp_path):
+    judge_models.harmbench(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"tea" * 99)
+    with pytest.raises(ValueError, match=r"cannot load the weights of .*deserializing header") as raised:
+        one("harmbench", model=str(tmp_path)).score(exchanges("tea"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_of_another_size_is_a_line(tmp_path, template):
+    judge_models.strongreject(tmp_path / "adapter", tmp_path / "base")
+    where = altered(
+        tmp_path / "adapter",
+        "adapter_model.safetensors",
+        lambda held: held.update({name: weight[:2].contiguous() for name, weight in held.items()}),
+    )
+    with pytest.raises(ValueError, match="cannot load the weights of adapter: ") as raised:
+        one("strongreject", model=where, template=template).score(exchanges("tea"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("name", ["harmbench", "minos", "strongreject"])
+def test_pickles_are_not_read(tmp_path, template, name):
+    where, more = tmp_path / name, {"template": template} if name == "strongreject" else {}
+    getattr(judge_models, name)(where, *([tmp_path / "base"] if more else []))
+    for held, pickle in {"model": "pytorch_model", "adapter_model": "adapter_model"}.items():
+        if (weights := where / f"{held}.safetensors").is_file():
+            torch.save(load_file(weights), where / f"{pickle}.bin")
+            weights.unlink()
+    with pytest.raises(ValueError, match=f"cannot load the weights of {name}: {checkpoints.NO_SAFETENSORS}$"):
+        one(name, model=str(where), **more).score(exchanges("tea"))
+
+
+def test_an_adapter_of_an_adapter_is_refused(cache, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": STRONGREJECT}))
+    with pytest.raises(ValueError, match=f"adapts {STRONGREJECT}, which is an adapter itself"):
+        checkpoints.find(str(tmp_path))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_a_line(tmp_path):
+    judge_models.harmbench(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(ValueError, match="cannot read the tokenizer of ") as raised:
+        one("harmbench", model=str(tmp_path))
+    assert "\n" not in str(raised.value)
 
 
 def test_an_adapter_says_that_it_needs_peft(monkeypatch, template):

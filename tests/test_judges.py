@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from refusalscope.core.types import Prompt, Response
-from refusalscope.evals import judges, local_vllm, rules
+from refusalscope.evals import checkpoints, judges, local, local_vllm, rules
 from refusalscope.evals.judges import Exchange, Judge, Settings
 from tests import hub, judge_models
 from tests.judge_server import MODEL, about, judge_server, says
@@ -184,6 +184,28 @@ def test_vllm_is_given_an_adapter_and_its_base(vllm, cache, tmp_path):
     assert settings["tokenizer"] == str(hub.snapshot(cache, STRONGREJECT))
     assert vllm.asked[0][0].logprobs == 20
     assert vllm.asked[0][1] == (STRONGREJECT, 1, str(hub.snapshot(cache, STRONGREJECT)))
+
+
+@pytest.mark.parametrize("kind", [local.Local, local_vllm.Vllm])
+def test_a_schema_is_not_ignored_in_this_process(vllm, kind):
+    engine = kind(checkpoints.find(LLAMA), **({"device": "cpu", "batch_size": 1} if kind is local.Local else {}))
+    with pytest.raises(ValueError, match="follows no schema"):
+        engine.converse([[{"role": "user", "content": "tea"}]], choices=(), tokens=1, schema={"type": "object"})
+
+
+def test_vllm_loses_no_exchange_to_another(vllm, cache, monkeypatch):
+    """Against a stand-in with vLLM's call signatures: that vLLM answers so is not tested here."""
+    engine = local_vllm.Vllm(checkpoints.find(LLAMA))
+    encode = engine.reader.encode
+
+    def fails(text: str, *, new: int) -> list[int]:
+        if "b" in text:
+            raise RuntimeError("a cable\nis loose")
+        return encode(text, new=new)
+
+    monkeypatch.setattr(engine.reader, "encode", fails)
+    replies = engine.complete([*"abc"], choices=("yes", "no"), tokens=1)
+    assert [reply.fault for reply in replies] == ["", "failed: a cable", ""]
 
 
 # A user's own

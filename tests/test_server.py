@@ -119,6 +119,20 @@ def test_fields_that_a_server_refuses_are_found_once_and_left_out(fields, asked)
     assert judge.asked[-1].get("response_format", {}).get("type") == asked
 
 
+@pytest.mark.parametrize(("status", "before"), [(500, 4), (501, 1)])
+@pytest.mark.parametrize("field", ["logprobs", "response_format"])
+def test_a_server_that_breaks_on_a_field_is_asked_without(status, before, field):
+    def script(body: Body, _before: int) -> Said | None:
+        return Said(status, b"oops") if field in body else None
+
+    with judge_server(script=script) as judge:
+        replies = converse(quick(judge.url), "a", "b", schema=SCHEMA)
+    assert [reply.fault for reply in replies] == ["", ""]
+    # json_schema with and without log-probabilities, json_object, and neither.
+    lesser = {"logprobs": 1, "response_format": 3}[field]
+    assert len(judge.asked) == before + lesser + 1
+
+
 def test_a_schema_may_be_loosened_to_any_json():
     def script(body: Body, _before: int) -> Said | None:
         kind = body.get("response_format", {}).get("type")
@@ -159,7 +173,9 @@ def test_what_passes_is_tried_again(fault):
 @pytest.mark.parametrize(
     ("fault", "why", "requests"),
     [
-        (Said(500, b"oops"), "the server says 500: oops", 4),
+        (Said(500, b"oops"), "the server says 500: oops", 6),
+        (Said(501, b"never"), "the server says 501: never", 3),
+        (Said(503, b"busy"), "the server says 503: busy", 4),
         (Said(429, b"slowly"), "the server says 429: slowly", 4),
         (Said(200, b'{"choi', length=500), "the server's answer was cut off: ", 4),
         (Said(400, b'{"error": "context too long"}'), 'the server says 400: {"error": "context too long"}', 3),
@@ -317,6 +333,18 @@ def test_the_key_reaches_the_server_and_nobody_else(monkeypatch, caplog):
     assert key not in repr(reply) + repr(server) + caplog.text
 
 
+@pytest.mark.parametrize("url", ["http://judge.example", "http://192.0.2.1:8000/v1", "http://localhost.example"])
+def test_a_key_goes_to_no_other_host_over_plain_http(monkeypatch, url):
+    assert Server(url, MODEL)
+    monkeypatch.setenv(transport.KEY, "sk-0123456789")
+    with pytest.raises(ValueError, match=r"over plain http.*https --judge-url") as raised:
+        Server(url, MODEL)
+    assert "sk-0123456789" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+    for safe in (url.replace("http:", "https:"), "http://localhost:8000", "http://127.0.0.1:8000", "http://[::1]"):
+        assert Server(safe, MODEL)
+
+
 def test_without_a_key_none_is_sent():
     with judge_server() as judge:
         complete(quick(judge.url))
@@ -375,6 +403,14 @@ def test_llama_cpp_writes_the_probabilities_of_completions_as_those_of_chats():
     assert dialect.reply(content, CHOICES).probabilities == pytest.approx({"yes": 0.6065307, "no": 0.3678794})
 
 
+@pytest.mark.parametrize("marks", [['"'], ["\n", "**"], ["_", ' "']])
+def test_marks_before_the_word_are_skipped(marks):
+    places = [{"token": mark, "top_logprobs": [{"token": "no", "logprob": -9.0}]} for mark in marks]
+    places += [{"token": "yes", "top_logprobs": [{"token": "yes", "logprob": 0.0}]}]
+    assert dialect.probabilities({"content": places}, CHOICES) == {"yes": 1.0, "no": 0.0}
+    assert dialect.probabilities({"content": places[:-1]}, CHOICES) == {}
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda some: st.lists(some, max_size=4) | st.dictionaries(st.text(max_size=5), some, max_size=4),
@@ -422,17 +458,22 @@ def test_whatever_the_bytes_there_is_a_reply(status, fields, said, http):
 
 
 @contextmanager
-def _raw(said: bytes) -> Iterator[str]:
-    """A server that is healthy, says these bytes to whatever it is asked, and hangs up."""
+def _raw(said: bytes, drip: float = 0.0) -> Iterator[str]:
+    """A healthy server that says these bytes to whatever it is asked, `drip` seconds between them, and hangs up."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
             with suppress(OSError):
                 while True:
                     connection, _ = server.accept()
-                    with connection:
+                    with connection, suppress(BrokenPipeError, ConnectionResetError):
                         asked = connection.recv(4096)
-                        connection.sendall(said if asked.startswith(b"POST") else b"HTTP/1.1 200 OK\r\n\r\n")
+                        if not asked.startswith(b"POST"):
+                            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                            continue
+                        for part in [bytes([byte]) for byte in said] if drip else [said]:
+                            connection.sendall(part)
+                            time.sleep(drip)
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -441,3 +482,8 @@ def _raw(said: bytes) -> Iterator[str]:
         finally:
             server.shutdown(socket.SHUT_RDWR)
             thread.join()
+
+
+def test_headers_that_trickle_in_are_not_waited_for():
+    with _raw(b"HTTP/1.1 200 OK\r\n" + b"X: a\r\n" * 99, drip=0.02) as url:
+        assert complete(quick(url, timeout=0.4, attempts=1)) == [dialect.failed("timed out: no answer within 0.4 s")]

@@ -11,10 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from refusalscope.evals.engines import is_word
 from refusalscope.inputs import hub, releases
 
 SMALL = ("README.md", "*.json", "*.jinja", "tokenizer*", "*.model")
 """All that is wanted before the weights are."""
+ADAPTER = "adapter_model.safetensors"
+NO_SAFETENSORS = "weights are read from .safetensors files alone, and there are none"
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,23 @@ def find(name: str, revision: str | None = None) -> Checkpoint:
             base_name, base_revision = str(adapted["base_model_name_or_path"]), adapted.get("revision")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{name}: its adapter_config.json does not say what it adapts") from error
-        return Checkpoint(shown, name, commit, folder, find(base_name, base_revision))
+        base = find(base_name, base_revision)
+        if base.base is not None:
+            raise ValueError(f"{name} adapts {base_name}, which is an adapter itself: merge one of them into its base")
+        return Checkpoint(shown, name, commit, folder, base)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name} holds no checkpoint: there is neither a config.json nor an adapter_config.json")
     return Checkpoint(shown, name, commit, folder)
+
+
+def adapter_folder(checkpoint: Checkpoint) -> Path:
+    """The folder with an adapter's configuration and weights. Raises ValueError where there are no safetensors."""
+    folder = checkpoint.folder
+    if checkpoint.revision is not None:
+        folder = hub.snapshot(checkpoint.source, "adapter_config.json", ADAPTER, revision=checkpoint.revision)
+    if not (folder / ADAPTER).is_file():
+        raise ValueError(NO_SAFETENSORS)
+    return folder
 
 
 class Reader:
@@ -84,31 +100,40 @@ class Reader:
         try:
             tokenizer = AutoTokenizer.from_pretrained(own.folder)
             config = AutoConfig.from_pretrained(base.folder).get_text_config()
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:
+            # Libraries fail in their own ways; what tokenizers raises for a file is a bare Exception.
             raise ValueError(f"cannot read the tokenizer of {checkpoint.name}: {first_line(error)}") from error
         positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
         return cls(tokenizer, min(int(tokenizer.model_max_length), int(positions)))
 
+    def room(self, new: int) -> int:
+        """Tokens that fit beside BOS and `new` more. Raises ValueError, one line, where none does."""
+        room = self.context - new - (self._bos is not None)
+        if room <= 0:
+            raise ValueError(f"the judge's context of {self.context} tokens has no room beside the {new} of its reply")
+        return room
+
     def encode(self, text: str, *, new: int) -> list[int]:
-        """Ids with exactly one BOS where the text or the tokenizer has one, short enough for `new` more.
+        """Ids with exactly one BOS where the text or the tokenizer has one, short enough for `new` more (see `room`).
 
         What is too long loses its beginning, so that the question at the template's end is never lost.
         """
+        room = self.room(new)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         bos = [self._bos] if self.adds_bos or (ids and ids[0] == self._bos) else []
         kept = [token for token in ids if token != self._bos]
-        return bos + kept[-(self.context - new - len(bos)) :]
+        return bos + kept[-room:]
 
     def head(self, text: str, tokens: int) -> str:
         """The first `tokens` tokens of a text, as they stand in it."""
-        ends = [end for _, end in self._offsets(text)]
-        return text[: ends[tokens - 1]] if len(ends) > tokens else text
+        ends = [0, *(end for _, end in self._offsets(text))]
+        return text[: ends[tokens]] if len(ends) > tokens + 1 else text
 
     def tail(self, text: str, *, new: int) -> str:
-        """A text for a server that adds BOS: without one, and short enough for `new` more; its beginning is lost."""
+        """For a server that adds BOS: the text without one, its beginning cut so that `new` more fit (see `room`)."""
         text = text.removeprefix(self.tokenizer.bos_token or "")
         starts = [start for start, _ in self._offsets(text)]
-        room = self.context - new - self.adds_bos
+        room = self.room(new)
         return text[starts[-room] :] if len(starts) > room else text
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
@@ -165,8 +190,8 @@ class Reader:
         return re.fullmatch("<0x[0-9A-F]{2}>", self.tokenizer.convert_ids_to_tokens(token)) is not None
 
     def first_word(self, ids: Sequence[int]) -> int | None:
-        """Where the first token stands that is more than white space; an end of turn is."""
-        return next((at for at, token in enumerate(ids) if self.tokenizer.decode([token]).strip()), None)
+        """Where the first token stands with a letter or digit in it; an end of turn has one."""
+        return next((at for at, token in enumerate(ids) if is_word(self.tokenizer.decode([token]))), None)
 
     def _first_pieces(self, word: str) -> list[int]:
         spelled = [before + form for before in ("", "\n\n", " ") for form in (word, word.capitalize())]

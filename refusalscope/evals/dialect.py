@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from refusalscope.evals.engines import Reply
+from refusalscope.evals.engines import Reply, is_word
 
 Form = Mapping[str, Any]
 """The fields of a request that not every server takes."""
@@ -72,10 +72,10 @@ def line(said: str | bytes) -> str:
 def probabilities(logprobs: Any, choices: Sequence[str]) -> dict[str, float]:
     """Choice -> probability that it is the first word generated; empty where the server does not tell.
 
-    The first token that is not blank counts; every alternative that reads as the choice adds to it.
+    The first token with a letter or digit in it counts; every alternative that reads as the choice adds to it.
     """
     for token, alternatives in _positions(logprobs):
-        if token.strip():
+        if is_word(token):
             found = dict.fromkeys(choices, 0.0)
             for text, logprob in alternatives:
                 for choice in choices:

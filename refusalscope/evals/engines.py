@@ -9,7 +9,7 @@ class Reply(NamedTuple):
 
     text: str
     probabilities: Mapping[str, float]
-    """Choice -> probability that the first token is that word (case and white space aside); empty where not known."""
+    """Choice -> probability that the first word is that one (case and white space aside); empty where not known."""
     fault: str = ""
     """Why there is no reply; empty where there is one."""
     final: bool = True
@@ -38,3 +38,8 @@ class Engine(Protocol):
     ) -> list[Reply]:
         """Answer each chat under the model's own template; `schema` is a JSON schema for the answer."""
         ...
+
+
+def is_word(token: str) -> bool:
+    """Whether a token can be the first word of a reply: white space, quotes and other marks cannot."""
+    return any(letter.isalnum() for letter in token)

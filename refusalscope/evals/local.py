@@ -6,6 +6,7 @@ Weights are loaded by the first request and gone after `release`. Nothing here k
 import gc
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -13,9 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusalscope.evals.checkpoints import Checkpoint, Reader, first_line
+from refusalscope.evals.checkpoints import NO_SAFETENSORS, Checkpoint, Reader, adapter_folder, first_line
 from refusalscope.evals.engines import Message, Reply
-from refusalscope.inputs import hub
 from refusalscope.inputs.loading import choose_device, choose_dtype, end_tokens
 
 Item = TypeVar("Item")
@@ -50,7 +50,9 @@ class Local:
         tokens: int,
         schema: Mapping[str, Any] | None = None,
     ) -> list[Reply]:
-        """Answer each chat. Raises ValueError when the weights cannot be loaded; answers follow no schema here."""
+        """Answer each chat. Raises ValueError for a schema, and when the weights cannot be loaded."""
+        if schema is not None:
+            raise ValueError("a model in this process follows no schema: ask one behind a server")
         return self._replies(chats, self.reader.render, choices, tokens)
 
     def release(self) -> None:
@@ -63,7 +65,9 @@ class Local:
         self, items: Sequence[Item], text: Callable[[Item], str], choices: Sequence[str], tokens: int
     ) -> list[Reply]:
         if items and self.model is None:
-            self.model = _causal(self.checkpoint, self.reader, self.device, self.dtype)
+            self.reader.room(tokens)
+            load = partial(_causal, self.checkpoint, self.reader, self.dtype)
+            self.model = _loaded(load, self.checkpoint, self.device)
 
         def answer(part: Sequence[Item]) -> list[Reply]:
             return self._generate([self.reader.encode(text(item), new=tokens) for item in part], choices, tokens)
@@ -123,8 +127,8 @@ class Sequences:
         if texts and self.model is None:
             from transformers import AutoModelForSequenceClassification
 
-            model = _pretrained(AutoModelForSequenceClassification, self.checkpoint, self.dtype)
-            self.model = _ready(model, self.device, self.checkpoint)
+            load = partial(_pretrained, AutoModelForSequenceClassification, self.checkpoint, self.dtype)
+            self.model = _loaded(load, self.checkpoint, self.device)
         replies, self.batch_size = in_batches(texts, self.batch_size, self._labelled)
         return replies
 
@@ -152,7 +156,8 @@ def in_batches(
 ) -> tuple[list[Reply], int]:
     """A reply per item, and the batch size that memory was enough for.
 
-    A batch for which memory is not enough is halved; whatever else goes wrong is the reply of all in the batch.
+    A batch for which memory is not enough is halved. Whatever else goes wrong has its batch asked one by one, so that
+    it is the reply of no exchange but its own.
     """
     from accelerate.utils.memory import should_reduce_batch_size
 
@@ -163,58 +168,67 @@ def in_batches(
             replies += answer(part)
             continue
         except Exception as error:
-            # Libraries fail in their own ways, and no exchange may cost the others their scores.
+            # Libraries fail in their own ways.
             is_memory = should_reduce_batch_size(error)
             fault = f"out of memory, even alone: {first_line(error)}" if is_memory else f"failed: {first_line(error)}"
         # The error is gone here, and with it the tensors that its traceback held.
         tidy()
-        if is_memory and len(part) > 1:
+        if len(part) == 1:
+            replies.append(Reply("", {}, fault, final=False))
+        elif is_memory:
             size = len(part) // 2
         else:
-            replies += [Reply("", {}, fault, final=False)] * len(part)
+            replies += in_batches(part, 1, answer)[0]
     return replies, size
 
 
-def _causal(checkpoint: Checkpoint, reader: Reader, device: str, dtype: Any) -> Any:
-    """The model on its device, without gradients; an adapter's on its base."""
+def _causal(checkpoint: Checkpoint, reader: Reader, dtype: Any) -> Any:
+    """The model; an adapter's on its base."""
     from transformers import AutoModelForCausalLM
 
     model = _pretrained(AutoModelForCausalLM, checkpoint.base or checkpoint, dtype)
     # Sampling defaults and penalties that a checkpoint ships would break greedy decoding; only its end tokens stay.
     kept = {"eos_token_id": model.generation_config.eos_token_id}
     model.generation_config = type(model.generation_config)(**kept)
-    if checkpoint.base is not None:
-        from peft import PeftModel
+    if checkpoint.base is None:
+        return model
+    from peft import PeftModel
 
-        if len(reader.tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(reader.tokenizer))
-        with warnings.catch_warnings():
-            # peft asks transformers by a name that is going away; only peft can change that.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            model = PeftModel.from_pretrained(model, str(adapter_folder(checkpoint)))
-    return _ready(model, device, checkpoint)
-
-
-def adapter_folder(checkpoint: Checkpoint) -> Any:
-    if checkpoint.revision is None:
-        return checkpoint.folder
-    return hub.snapshot(checkpoint.source, "adapter_*", revision=checkpoint.revision)
+    if len(reader.tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(reader.tokenizer))
+    with warnings.catch_warnings():
+        # peft asks transformers by a name that is going away; only peft can change that.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        # An adapter with a part missing is another judge, which peft only warns of.
+        warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
+        return PeftModel.from_pretrained(model, str(adapter_folder(checkpoint)))
 
 
 def _pretrained(kind: Any, checkpoint: Checkpoint, dtype: Any) -> Any:
-    """The weights at the checkpoint's commit. Raises ValueError, one line, when they cannot be read."""
+    """The weights at the checkpoint's commit. Raises ValueError when some are missing, and whatever libraries raise."""
     where = {} if checkpoint.revision is None else {"revision": checkpoint.revision}
+    # What does not fit is reported by us, in a line.
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        return kind.from_pretrained(checkpoint.source, dtype=dtype, **where)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
+        model, info = kind.from_pretrained(checkpoint.source, dtype=dtype, use_safetensors=True, **told, **where)
+    except OSError as error:
+        # transformers advises to read pickles then, which can run anything.
+        raise ValueError(NO_SAFETENSORS if "file named model.safetensors" in str(error) else str(error)) from error
+    # transformers fills such weights with random numbers, which would judge all the same.
+    if lacking := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
+        raise ValueError(f"{len(lacking)} are missing or of another size, such as {lacking[0]}")
+    return model
 
 
-def _ready(model: Any, device: str, checkpoint: Checkpoint) -> Any:
+def _loaded(load: Callable[[], Any], checkpoint: Checkpoint, device: str) -> Any:
+    """What `load` makes, on the device, without gradients. Raises ValueError, one line, whatever goes wrong."""
     try:
-        return model.to(device).eval().requires_grad_(False)
+        return load().to(device).eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{checkpoint.name} does not fit into the memory of {device}: {first_line(error)}") from error
+    except Exception as error:
+        # Libraries fail in their own ways: by a file's bytes, a size, a key, a module that is not there.
+        raise ValueError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
 
 
 def _until(row: list[int], ends: Sequence[int]) -> list[int]:

@@ -1,13 +1,13 @@
 """Judges' models in this process, on vLLM where it is installed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from refusalscope.evals.checkpoints import Checkpoint, Reader, first_line
+from refusalscope.evals.checkpoints import Checkpoint, Reader, adapter_folder, first_line
 from refusalscope.evals.engines import Message, Reply
-from refusalscope.evals.local import adapter_folder, in_batches, tidy
+from refusalscope.evals.local import Item, in_batches, tidy
 
 TOP = 20
 """Tokens whose probabilities vLLM gives at most, unless it is told otherwise."""
@@ -30,10 +30,7 @@ class Vllm:
 
     def complete(self, texts: Sequence[str], *, choices: Sequence[str], tokens: int) -> list[Reply]:
         """Continue each text by at most `tokens` tokens. Raises ValueError when the weights cannot be loaded."""
-        rows = [self.reader.encode(text, new=tokens) for text in texts]
-        if rows and self.model is None:
-            self.model = self._engine()
-        return in_batches(rows, max(1, len(rows)), lambda part: self._generate(part, choices, tokens))[0]
+        return self._replies(texts, str, choices, tokens)
 
     def converse(
         self,
@@ -43,14 +40,28 @@ class Vllm:
         tokens: int,
         schema: Mapping[str, Any] | None = None,
     ) -> list[Reply]:
-        """Answer each chat. Raises ValueError when the weights cannot be loaded; answers follow no schema here."""
-        return self.complete([self.reader.render(chat) for chat in chats], choices=choices, tokens=tokens)
+        """Answer each chat. Raises ValueError for a schema, and when the weights cannot be loaded."""
+        if schema is not None:
+            raise ValueError("a model in this process follows no schema: ask one behind a server")
+        return self._replies(chats, self.reader.render, choices, tokens)
 
     def release(self) -> None:
         """Let the engine go; the next request starts it again."""
         if self.model is not None:
             self.model = None
             tidy()
+
+    def _replies(
+        self, items: Sequence[Item], text: Callable[[Item], str], choices: Sequence[str], tokens: int
+    ) -> list[Reply]:
+        if items and self.model is None:
+            self.reader.room(tokens)
+            self.model = self._engine()
+
+        def answer(part: Sequence[Item]) -> list[Reply]:
+            return self._generate([self.reader.encode(text(item), new=tokens) for item in part], choices, tokens)
+
+        return in_batches(items, max(1, len(items)), answer)[0]
 
     def _generate(self, rows: Sequence[list[int]], choices: Sequence[str], tokens: int) -> list[Reply]:
         from vllm import SamplingParams  # type: ignore[reportMissingImports]
@@ -81,6 +92,7 @@ class Vllm:
                 revision=base.revision,
                 tokenizer=self.reader.tokenizer.name_or_path,
                 dtype=self.dtype,
+                load_format="safetensors",
                 max_model_len=self.reader.context,
                 enable_lora=self.checkpoint.base is not None,
             )

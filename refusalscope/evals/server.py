@@ -22,7 +22,7 @@ from refusalscope.evals.engines import Message, Reply
 AGAIN = (408, 409, 429)
 """What a server says when the same request may fare better soon; so does any 5xx."""
 LOADING = (502, 503, 504)
-REFUSED_FIELDS = (400, 422)
+REFUSED_FIELDS = (400, 422, 501)
 LONGEST_PAUSE = 60.0
 """Seconds between two attempts, whatever the server asks for."""
 SECRET = 8
@@ -41,13 +41,19 @@ class _Refused(_Fault):
     """The server may not know a field."""
 
 
+class _Broken(_Refused):
+    """The server fails as often as it is asked; some do so over a field."""
+
+
 class _Passing(_Fault):
     """The same request may fare better soon."""
 
-    def __init__(self, why: str, pause: float | None = None, *, heard: bool = True) -> None:
+    def __init__(self, why: str, pause: float | None = None, *, heard: bool = True, fails: bool = False) -> None:
         super().__init__(why)
         self.pause = pause
         """Seconds that the server asks for."""
+        self.fails = fails
+        """Whether it is the server that fails, and not that it has no time."""
         self.heard = heard
         """Whether the server answered at all."""
 
@@ -95,10 +101,10 @@ class Server:
         """`timeout`: seconds for one answer. `attempts` at one request, `backoff` seconds after the first and twice as
         many after each more. `patience`: seconds that a server has to start. `parallel`: requests under way at once.
 
-        Raises ValueError for a URL that is none and for a key that no header can carry.
+        Raises ValueError for a URL that is none, and for a key that no header can carry or that plain http would show.
         """
         self._root = transport.address(url)
-        self._key = transport.key()
+        self._key = transport.key(self._root)
         self._named = model
         self._timeout, self._attempts, self._backoff, self._parallel = timeout, attempts, backoff, parallel
         self._patience = self._left = patience
@@ -173,22 +179,24 @@ class Server:
     def _ask(self, call: _Call, body: Mapping[str, Any]) -> _Heard:
         """The reply to one request under the form that is settled, else under the first that the server takes."""
         settled = self._settled.get(call.kind)
-        why = ""
+        attempts, why = self._attempts, ""
         for form in range(len(call.forms)) if settled is None else (settled,):
             try:
-                content = self._insist(call, {**body, **call.forms[form]})
+                content = self._insist(call, {**body, **call.forms[form]}, attempts)
             except _Refused as fault:
                 why = str(fault)
+                # It was waited for long enough.
+                attempts = 1 if isinstance(fault, _Broken) else attempts
             except _Fault as fault:
                 return _Heard(failed(str(fault)), None)
             else:
                 return _Heard(dialect.reply(content, call.choices, json_within=call.json_within), form)
         return _Heard(failed(why), None)
 
-    def _insist(self, call: _Call, body: Mapping[str, Any]) -> bytes:
+    def _insist(self, call: _Call, body: Mapping[str, Any], attempts: int) -> bytes:
         """What the server answers, after as many attempts as it takes and as there are."""
         why = _Passing("")
-        for attempt in range(self._attempts):
+        for attempt in range(attempts):
             if attempt:
                 pause = self._backoff * 2 ** (attempt - 1) if why.pause is None else why.pause
                 call.over.wait(min(pause, LONGEST_PAUSE))
@@ -203,7 +211,7 @@ class Server:
             call.why = absent
             call.over.set()
             raise _Fault(absent)
-        raise why
+        raise _Broken(str(why)) if why.fails else why
 
     def _once(self, call: _Call, body: Mapping[str, Any]) -> bytes:
         # In ASCII: a prompt may hold half of a surrogate pair.
@@ -215,11 +223,14 @@ class Server:
         if said.status == 200:
             return said.content
         why = f"the server says {said.status}: {line(said.content)}"
+        if said.status in REFUSED_FIELDS:
+            raise _Refused(why)
         if said.status in AGAIN or said.status >= 500:
-            raise _Passing(why, transport.asked_pause(said.retry_after))
+            fails = said.status >= 500 and said.status not in LOADING
+            raise _Passing(why, transport.asked_pause(said.retry_after), fails=fails)
         if said.status in (401, 403):
             raise _Fault(f"{why} (the key is read from the environment variable {transport.KEY})")
-        raise _Refused(why) if said.status in REFUSED_FIELDS else _Fault(why)
+        raise _Fault(why)
 
     def _wait(self, client: httpx.Client) -> str:
         """Wait until the server is there. Returns why it is not; empty where it is. Patience is not spent twice."""

@@ -4,11 +4,14 @@ Knows HTTP, the key and the words for what goes wrong; nothing of judges.
 """
 
 import os
-import time
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
-from typing import NamedTuple
+from socket import SHUT_RDWR, socket
+from threading import Lock, Timer
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -42,11 +45,19 @@ def address(url: str) -> str:
     return str(parsed).rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def key() -> str:
-    """The server's key; empty where there is none. Raises ValueError for one that no header can carry."""
+def key(root: str) -> str:
+    """The key of the server at `root`; empty where there is none.
+
+    Raises ValueError for one that no header can carry, and where anybody on the way could read it.
+    """
     key = os.environ.get(KEY, "").strip()
     if not all("!" <= letter <= "~" for letter in key):
         raise ValueError(f"the environment variable {KEY} holds characters that are in no key")
+    if key and httpx.URL(root).scheme != "https" and not is_loopback(root):
+        raise ValueError(
+            f"the key in {KEY} would go to {httpx.URL(root).host} over plain http, where others can read it: give an "
+            "https --judge-url, reach the server through a tunnel to localhost, or unset the variable"
+        )
     return key
 
 
@@ -55,8 +66,9 @@ def client(root: str, secret: str) -> httpx.Client:
     headers = {"Content-Type": "application/json"}
     if secret:
         headers["Authorization"] = f"Bearer {secret}"
-    # What stands on this machine is not asked for through a proxy.
-    return httpx.Client(headers=headers, follow_redirects=False, trust_env=not is_loopback(root))
+    # What stands on this machine is not asked for through a proxy. Every request opens a socket: see `_Deadline`.
+    alone = httpx.Limits(max_keepalive_connections=0)
+    return httpx.Client(headers=headers, follow_redirects=False, trust_env=not is_loopback(root), limits=alone)
 
 
 def is_loopback(root: str) -> bool:
@@ -70,17 +82,51 @@ def is_loopback(root: str) -> bool:
 
 def fetch(client: httpx.Client, method: str, url: str, seconds: float, content: bytes | None = None) -> Answer:
     """One answer, whole within `seconds` and LARGEST bytes. Raises httpx.HTTPError."""
-    until = time.monotonic() + seconds
     body = bytearray()
-    with client.stream(method, url, content=content, timeout=seconds) as response:
-        for part in response.iter_bytes():
-            body += part
-            # httpx times each part alone: a server that sends a byte now and then would be waited for without end.
-            if time.monotonic() > until:
-                raise httpx.ReadTimeout("")
-            if len(body) > LARGEST:
-                raise httpx.DecodingError(f"the server's answer is longer than {LARGEST} bytes")
+    with _Deadline(seconds) as deadline:
+        told = {"trace": deadline.trace}
+        with client.stream(method, url, content=content, timeout=seconds, extensions=told) as response:
+            for part in response.iter_bytes():
+                body += part
+                if len(body) > LARGEST:
+                    raise httpx.DecodingError(f"the server's answer is longer than {LARGEST} bytes")
         return Answer(response.status_code, response.headers.get("Retry-After", ""), bytes(body))
+
+
+class _Deadline:
+    """Hangs up when it is over: httpx times each part alone, and would wait without end for a byte now and then."""
+
+    def __init__(self, seconds: float) -> None:
+        self._timer = Timer(seconds, self._hang_up)
+        self._timer.daemon = True
+        self._lock = Lock()
+        self._socket: socket | None = None
+        self._over = False
+
+    def trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """What httpcore tells of a request as it goes on; the last socket that it opens is the one that counts."""
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            with self._lock:
+                self._socket = info["return_value"].get_extra_info("socket")
+            if self._over:
+                self._hang_up()
+
+    def __enter__(self) -> "_Deadline":
+        self._timer.start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._timer.cancel()
+        # Whatever a socket says that was shut under its reader, and a body that seems to end there.
+        if self._over and (error is None or isinstance(error, Exception)):
+            raise httpx.ReadTimeout("") from error
+
+    def _hang_up(self) -> None:
+        with self._lock:
+            self._over = True
+            if self._socket is not None:
+                with suppress(OSError):
+                    self._socket.shutdown(SHUT_RDWR)
 
 
 def in_words(error: httpx.HTTPError, seconds: float) -> str:
