@@ -224,7 +224,8 @@ def test_a_users_function_says_what_it_is_asked(own):
 
 
 def test_settings_say_what_a_users_function_is_asked(own):
-    assert own(VALUES, question="refused").question == "refused"
+    judge = own(VALUES, question="refused")
+    assert judge.question == judge.about["question"] == "refused"
 
 
 def test_a_users_function_sees_prompts_and_answers_and_may_use_numpy(own):

@@ -166,14 +166,36 @@ def test_what_a_judge_will_never_answer_is_not_asked_again(store: Store) -> None
     assert left.unscored == 2 * len(ARMS)
 
 
-def test_another_model_under_the_same_name_is_asked_everything(store: Store) -> None:
+def files_of(store: Store, judge: str) -> dict[str, str]:
+    found = contents(store.root)
+    return {p: found[p] for p in found if p.startswith(f"judged/{judge}/") or p == f"judges/{judge}.json"}
+
+
+def test_another_model_under_the_same_name_is_asked_everything_and_the_first_still_stands(store: Store) -> None:
     judge_all(store, Asked().judge())
-    other = Asked()
-    judge_all(store, other.judge(template="another"), datasets=["harmful"])
+    stood = files_of(store, "mine")
+    other = Asked(lambda exchange: exchange.prompt.id == "p0")
+    (left,) = judge_all(store, other.judge(template="another"), datasets=["harmful"])
     assert len(other.texts) == len(ARMS) * COUNT
+    assert files_of(store, "mine") == stood
+    assert re.fullmatch("mine-[0-9a-f]{6}", left.judge)
+    assert store.read(f"judges/{left.judge}.json", dict)["about"] == {"model": "tiny", "template": "another"}
     rows = store.read("findings/safety.json", Finding).rows
-    # What the first model said of the other data set is not passed off as the second's.
-    assert {row.dataset for row in rows if row.metric == "harmful:mine"} == {"harmful"}
+    seen = {name: {row.dataset for row in rows if row.metric == f"harmful:{name}"} for name in ("mine", left.judge)}
+    assert seen == {"mine": {"harmful", "harmless"}, left.judge: {"harmful"}}
+    agreed = store.read("findings/agreement.json", Finding)
+    assert next(row.n for row in agreed.rows if {*row.method.split(" vs ")} == {"mine", left.judge}) == 5 * (COUNT - 1)
+    again = [Asked(), Asked()]
+    judge_all(store, again[0].judge(template="another"), again[1].judge())
+    assert [len(one.texts) for one in again] == [len(ARMS) * (1 + COUNT), 0]
+    assert len(store.paths("judges", ".json")) == 2
+
+
+def test_a_judge_that_never_came_to_an_answer_gives_its_name_to_the_next(store: Store) -> None:
+    judge_all(store, Asked(lambda _: True).judge(dtype="float32"))
+    judge_all(store, Asked().judge(dtype="bfloat16"))
+    assert store.paths("judges", ".json") == ["judges/mine.json"]
+    assert store.read("judges/mine.json", dict)["about"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("batches", [1, 4, 13])

@@ -240,9 +240,9 @@ def _function(name: str, settings: Settings) -> Judge:
 
     found = functions.find(name)
     question = _question(getattr(found.function, "question", settings.question), name)
-    return Judge(
-        name.replace(":", "."), question, found.about, settings.batch_size or BATCH, finished(functions.score(found))
-    )
+    about = {**found.about, "question": question}
+    score = finished(functions.score(found))
+    return Judge(name.replace(":", "."), question, about, settings.batch_size or BATCH, score)
 
 
 def _question(text: str, name: str = "") -> Question:

@@ -1,13 +1,14 @@
 """Answers that stand in a run folder, scored by any judges at any time: nothing is generated again.
 
-A judge's verdicts are files of its own, so judging together with the run or later leaves the same bytes. What a judge
-could not score, and another time might, is a gap: every later call asks about it again, and never about a scored one.
+A judge's verdicts are files of its own, so judging together with the run or later leaves the same bytes; one of the
+same name under other settings is another judge. What a judge could not score, and another time might, is a gap: every
+later call asks about it again, and never about a scored one.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ Progress = Callable[[str, int, int], None]
 NO_JUDGE = "none"
 SAFETY = "findings/safety.json"
 REPORT = "report.html"
+DIGITS = 6
+"""Of a fingerprint, where two judges of one name are told apart."""
 
 
 class Unscored(NamedTuple):
@@ -78,7 +81,7 @@ def score(store: Store, answered: Sequence[Answered], opened: Iterable[Judge], p
     """Every judge in turn over all answers; each batch is written as soon as it is scored."""
     left = []
     for judge in opened:
-        _describe(store, judge.name, judge.question, judge.about)
+        judge = replace(judge, name=_name(store, judge))
         rows: list[Verdict] = []
         for done, one in enumerate(answered):
             progress(f"{judge.name} on {one.name.removesuffix('.jsonl')}", done, len(answered))
@@ -137,8 +140,26 @@ def _scored(store: Store, one: Answered, judge: Judge) -> Verdicts:
         pending = [exchange for exchange in batch if _is_gap(known.get(exchange.prompt.id))]
         if pending:
             known |= {row.prompt_id: row for row in judge.score(pending)}
+            _describe(store, judge.name, judge.question, judge.about)
             store.put(path, key, _verdicts(judge, one, known))
     return _verdicts(judge, one, known)
+
+
+def _name(store: Store, judge: Judge) -> str:
+    """The judge's name, or another one where a judge of that name that is about something else has said anything.
+
+    So the verdicts of one rubric by two models, or of one judge on two machines, stand side by side.
+    """
+    other = f"{judge.name}-{fingerprint(judge.about)[:DIGITS]}"
+    stand = store.paths("judges", ".json")
+    if f"judges/{other}.json" in stand:
+        return other
+    if (path := f"judges/{judge.name}.json") not in stand:
+        return judge.name
+    same = fingerprint(store.read(path, dict)["about"]) == fingerprint(judge.about)
+    made = (row for path in store.paths(f"judged/{judge.name}", ".jsonl") for row in store.read(path, Verdicts).rows)
+    # One that never came to an answer, as its weights did not fit, gives its name to the next.
+    return judge.name if same or all(map(_is_gap, made)) else other
 
 
 def _verdicts(judge: Judge, one: Answered, known: Mapping[str, Verdict]) -> Verdicts:
