@@ -476,6 +476,18 @@ def test_one_checkpoint_cannot_stand_for_several(cache):
     with pytest.raises(ValueError, match=f"would take the place of {WILDGUARD} and of {LLAMA}"):
         judges.opened(["wildguard", "harmbench"], Settings(device="cpu", model=where))
     assert len([*judges.opened(["wildguard", "wildguard-refused"], Settings(device="cpu", model=where))]) == 2
+    served = Settings(url="http://localhost:1", model="a-model")
+    with pytest.raises(
+        ValueError, match=f"--judge-url gives one model, and would take the place of {WILDGUARD} and of"
+    ):
+        judges.opened(["wildguard", "harmbench"], served)
+    assert len([*judges.opened(["wildguard", "wildguard-refused"], served)]) == 2
+
+
+def test_a_model_in_place_of_a_judges_own_is_named_as_that(cache):
+    assert "in_place_of" not in one("harmbench").about
+    assert one("harmbench", model=str(folder(cache, LLAMA))).about["in_place_of"] == LLAMA
+    assert "in_place_of" not in one("harmbench", url="http://localhost:1", model=LLAMA).about
 
 
 def test_an_adapter_says_that_it_needs_peft(monkeypatch, template):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from refusalscope.core.store import Store
-from refusalscope.core.types import Prompt, Prompts, Response, Responses, Verdict, Verdicts
+from refusalscope.core.types import Finding, Prompt, Prompts, Response, Responses, Verdict, Verdicts
 from refusalscope.evals import transport
 from tests import judge_models
 from tests.judge_models import ANSWERS, ASKED
@@ -89,6 +89,8 @@ def test_a_fault_leaves_its_own_rows_open_and_they_alone_are_asked_again(fault: 
         twin = make_run(tmp_path / "twin", tuple(f"prompt {i}." for i in range(COUNT)), ("tea",) * COUNT)
         judged(twin, server.url)
     assert contents(twin) == contents(run)
+    (caveat,) = Store(run).read("findings/safety.json", Finding).caveats
+    assert "judge harmbench was a-judge: what is known of cais/HarmBench-Llama-2-13b-cls holds only if" in caveat
 
 
 def test_a_server_that_dies_half_way_leaves_the_rest_open(run: Path) -> None:

@@ -107,11 +107,21 @@ def opened(names: Sequence[str], settings: Settings) -> Iterator[Judge]:
     `wildguard` and `wildguard-refused` share their model and its replies. Raises ValueError, one line, before any is
     yielded, for a name that is not known, and for a checkpoint, template or package that is not there.
     """
-    own = sorted({row.repository for row in known() if row.name in names and row.repository})
-    if settings.model is not None and settings.url is None and len(own) > 1:
-        raise ValueError(f"--judge-model is one checkpoint, and would take the place of {' and of '.join(own)}")
+    _check_one_model([row for row in known() if row.name in names and row.repository], settings)
     machines: dict[tuple[str, bool], Any] = {}
     return _in_turn([_opened(name, settings, machines) for name in names])
+
+
+def _check_one_model(wanted: Sequence[Known], settings: Settings) -> None:
+    """Judges that differ in their models are no two judges where one model answers for both."""
+    # What is no chat model has a complaint of its own coming.
+    own = sorted({row.repository for row in wanted if settings.url is None or row.kind != "labels"})
+    if len(own) > 1 and settings.url is not None:
+        raise ValueError(
+            f"--judge-url gives one model, and would take the place of {' and of '.join(own)}: ask in turn"
+        )
+    if len(own) > 1 and settings.model is not None:
+        raise ValueError(f"--judge-model is one checkpoint, and would take the place of {' and of '.join(own)}")
 
 
 class _Opened(NamedTuple):
@@ -219,6 +229,8 @@ def _classifier(known: Known, machine: Any, template: Any, reader: Any, about: M
     if known.clip:
         score = classifiers.clipped(score, reader, known.clip)
         more["clip"] = known.clip
+    if about["model"] != known.repository:
+        more["in_place_of"] = known.repository
     return Judge(known.name, _question(known.question), {**about, **more}, size, finished(score))
 
 
