@@ -148,7 +148,7 @@ def drive(
     sweeps = verb in ("sweep", "choose")
     made = options.make(values, config, defaults=options.SWEEP if sweeps else {})
     names, settings = judge.asked(judging.get("judges", ())), judge_settings(judging)
-    judge.check(names, settings)
+    settings = judge.check(names, settings)
     # Its bars for loading weights would run into ours.
     transformers_logging.disable_progress_bar()
     name, runs = folder

@@ -222,6 +222,26 @@ def test_killed_at_any_batch_it_goes_on_to_the_same_bytes(batches: int, store: S
     assert contents(store.root) == contents(whole.root)
 
 
+def test_a_judge_that_cannot_be_loaded_costs_no_other_judge_its_verdicts(store: Store) -> None:
+    loads = []
+
+    def fails(exchanges: Sequence[Exchange]) -> list[Verdict]:
+        loads.append(len(exchanges))
+        raise ValueError("cannot load the weights of broken")
+
+    broken, mine = Judge("broken", "harmful", {"model": "broken"}, 4, fails), Asked()
+    (left,) = judge_all(store, broken, mine.judge())
+    every = 2 * len(ARMS) * COUNT
+    assert left == ("broken", every, every, "cannot load the weights of broken")
+    assert (loads, len(mine.texts)) == ([4], every)
+    rows = store.read("judged/broken/harmful/base.jsonl", Verdicts).rows
+    assert all(math.isnan(row.score) and not row.final and row.reason == left.reason for row in rows)
+    assert "cannot load the weights" in " ".join(store.read("findings/safety.json", Finding).caveats)
+    again = Asked()
+    judge_all(store, Judge("broken", "harmful", {"model": "broken"}, 4, again))
+    assert len(again.texts) == every
+
+
 # ---- findings
 
 
