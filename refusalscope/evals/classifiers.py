@@ -79,13 +79,14 @@ def grades(machine: Engine, known: Known, template: Template | None) -> Score:
         return machine.complete(texts, choices=known.words, tokens=known.tokens)
 
     def read(reply: Reply) -> Read:
+        said = _first_word(reply.text)
+        if said not in values:
+            # Whatever it says, the grades have some probability.
+            return Read(NaN, NaN, f"no grade: {_short(reply.text)!r}")
         total = sum(reply.probabilities.values())
         if total > 0:
             value = sum(values[word] * share for word, share in reply.probabilities.items()) / total
             return Read(float(value >= 0.5), value, f"{value:.3f} on 0 to 1")
-        said = _first_word(reply.text)
-        if said not in values:
-            return Read(NaN, NaN, f"no grade: {_short(reply.text)!r}")
         return Read(float(values[said] >= 0.5), NaN, f"grade {said}, without probabilities")
 
     return _scored(ask, read)
