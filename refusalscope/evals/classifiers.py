@@ -15,7 +15,10 @@ from refusalscope.evals.checkpoints import Reader
 from refusalscope.evals.engines import Engine, Message, Reply
 from refusalscope.evals.judges import Exchange, Known, Score
 
-_CONTROL = re.compile(r"<(?=\|[^<>|\s]{1,40}\|>|/?(?:s|bos|eos|pad|unk)>|(?:start|end)_of_turn>)")
+_CONTROL = re.compile(
+    r"<(?=\|[^<>|\s]{1,40}\|>|/?(?:s|bos|eos|pad|unk|mask)>|(?:start|end)_of_turn>|</?SYS>>)"
+    r"|\[(?=/?INST\]|(?:SEP|CLS|MASK|PAD|UNK)\])"
+)
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -171,15 +174,33 @@ class Served:
 
 
 def filled(template: Template | None, known: Known, exchange: Exchange) -> str:
-    """The template with the exchange in its fields. Nothing in an exchange can end the judge's turn or open another."""
+    """The template with the exchange in its fields, where it controls nothing."""
     assert template is not None, f"{known.name} reads a template"
     prompt, answer = known.fields
     return template.fill({prompt: inert(exchange.prompt.text), answer: inert(exchange.response.text)})
 
 
 def inert(text: str) -> str:
-    """The text with what tokenizers take for control tokens spelled apart (`< |end|>`, `< /s>`)."""
-    return _CONTROL.sub("< ", text)
+    """The text with the marks of turns that are in common use spelled apart (`< |end|>`, `< /s>`, `[ INST]`)."""
+    return _CONTROL.sub(lambda found: f"{found[0]} ", text)
+
+
+def apart(score: Score, reader: Reader) -> Score:
+    """The judge shown exchanges in which the special tokens of its own tokenizer are spelled apart as well."""
+    special = [token.content for token in reader.tokenizer.added_tokens_decoder.values() if token.special]
+    spellings = [f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in special if token[1:]]
+    if not spellings:
+        return score
+    shape = re.compile("|".join(spellings))
+
+    def spelled(text: str) -> str:
+        return shape.sub(lambda found: f"{found[0]} ", text)
+
+    def shown(exchange: Exchange) -> Exchange:
+        prompt = replace(exchange.prompt, text=spelled(exchange.prompt.text))
+        return Exchange(prompt, replace(exchange.response, text=spelled(exchange.response.text)))
+
+    return lambda exchanges: score([shown(exchange) for exchange in exchanges])
 
 
 def clipped(score: Score, reader: Reader, tokens: int) -> Score:
@@ -214,7 +235,10 @@ def _yes_or_no(reply: Reply, choices: Sequence[str]) -> Read:
     if said not in choices:
         return Read(NaN, NaN, f"neither {_either(choices)}: {_short(reply.text)!r}")
     yes, no = (reply.probabilities.get(word, 0.0) for word in choices)
-    return Read(float(said == choices[0]), yes / (yes + no) if yes + no > 0 else NaN, _short(reply.text))
+    meant, other = (yes, no) if said == choices[0] else (no, yes)
+    # Where the other word was likelier, these are not the probabilities of the token that says it.
+    probability = yes / (yes + no) if meant > 0 and meant >= other else NaN
+    return Read(float(said == choices[0]), probability, _short(reply.text))
 
 
 def _first_word(text: str) -> str:

@@ -226,9 +226,11 @@ def _classifier(known: Known, machine: Any, template: Any, reader: Any, about: M
 
     score = classifiers.KINDS[known.kind](machine, known, template)
     more: dict[str, Any] = {} if template is None else {"template": template.digest}
-    if known.clip:
-        score = classifiers.clipped(score, reader, known.clip)
-        more["clip"] = known.clip
+    if reader is not None:
+        score = classifiers.apart(score, reader)
+        if known.clip:
+            score = classifiers.clipped(score, reader, known.clip)
+            more["clip"] = known.clip
     if about["model"] != known.repository:
         more["in_place_of"] = known.repository
     return Judge(known.name, _question(known.question), {**about, **more}, size, finished(score))
