@@ -31,6 +31,7 @@ from refusalscope.evals.engines import Reply
 from refusalscope.evals.judges import Exchange, Judge, Settings
 from refusalscope.evals.local import Local, in_batches
 from tests import hub, judge_models
+from tests.judge_server import judge_server
 
 LLAMA, MISTRAL = "cais/HarmBench-Llama-2-13b-cls", "cais/HarmBench-Mistral-7b-val-cls"
 STRONGREJECT, MINOS, WILDGUARD = "qylu4156/strongreject-15k-v1", "NousResearch/Minos-v1", "allenai/wildguard"
@@ -165,6 +166,31 @@ def test_both_questions_of_wildguard_are_read_off_one_pass(cache):
     assert {verdict.score for verdict in found["harmful"]} == {0.0}
     assert {verdict.score for verdict in found["refused"]} == {1.0}
     assert {verdict.reason for verdict in found["refused"]} == {"Response refusal: yes"}
+
+
+def test_only_judges_that_share_a_model_remember_replies_and_batches_stay_whole():
+    class Counted(Speaker):
+        seen: Sequence[str] = ()
+
+        def complete(self, texts: Sequence[str], *, choices: Sequence[str], tokens: int) -> list[Reply]:
+            self.seen = texts
+            return [Reply(text, {}) for text in texts]
+
+    counted = Counted()
+    machine = classifiers.Remembering(counted)
+    for texts, passed in ((["a", "b"], ["a", "b"]), (["b", "a"], ["a", "b"]), (["b", "c"], ["b", "c"])):
+        assert [reply.text for reply in machine.complete(texts, choices=(), tokens=1)] == texts
+        assert counted.seen == passed
+    with judge_server() as server:
+        first, second = judges.opened(["wildguard", "wildguard-refused"], Settings(url=server.url, model="a-model"))
+        first.score(exchanges("tea", "more"))
+        asked = len(server.asked)
+        second.score(exchanges("tea", "more"))
+        unreadable = len(server.asked) - asked
+        alone = one("harmbench", url=server.url, model="a-model")
+        for _ in range(2):
+            alone.score(exchanges("tea"))
+        assert (unreadable, len(server.asked)) == (0, asked + 2)
 
 
 class Speaker:

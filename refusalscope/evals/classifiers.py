@@ -121,7 +121,10 @@ KINDS: Mapping[str, Callable[[Any, Known, Template | None], Score]] = {
 
 
 class Remembering:
-    """A machine that is asked the same thing once: two judges that read one reply cost one pass."""
+    """A machine for two judges that read one reply: what the first has asked, the second is told.
+
+    A batch goes to the machine whole or not at all, so that its padding is the same in a run that was killed.
+    """
 
     def __init__(self, machine: Any) -> None:
         self.machine = machine
@@ -130,12 +133,17 @@ class Remembering:
 
     def complete(self, texts: Sequence[str], *, choices: Sequence[str], tokens: int) -> list[Reply]:
         keys = [(text, tuple(choices), tokens) for text in texts]
-        new = list(dict.fromkeys(key for key in keys if key not in self._known))
-        replies = self.machine.complete([key[0] for key in new], choices=choices, tokens=tokens) if new else []
-        made = self._known | dict(zip(new, replies, strict=True))
-        # What failed may be asked again.
-        self._known = {key: reply for key, reply in made.items() if not reply.fault}
-        return [made[key] for key in keys]
+        if not all(key in self._known for key in keys):
+            replies = self.machine.complete(texts, choices=choices, tokens=tokens)
+            # What failed may be asked again.
+            self._known |= {key: reply for key, reply in zip(keys, replies, strict=True) if not reply.fault}
+            return replies
+        return [self._known[key] for key in keys]
+
+    def release(self) -> None:
+        """Let the machine and the replies go."""
+        self._known.clear()
+        self.machine.release()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.machine, name)
