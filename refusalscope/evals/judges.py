@@ -79,7 +79,6 @@ class Known:
     what: str
     """What it measures."""
     repository: str = ""
-    parameters: str = ""
     memory: float | None = None
     licence: str = ""
     fields: tuple[str, ...] = ()
