@@ -83,8 +83,8 @@ def add_verb(verb: str, text: str) -> None:
         said = {key: value for key, value in locals().items() if value is not None}
         given = {key: value for key, value in said.items() if key in OPTION_NAMES}
         with one_clear_line(), progress_bar() as progress:
-            # A batch size and a type of numbers are meant for the studied model.
-            how = {key: said[key] for key in (*JUDGE_OPTIONS, "device") if key in said}
+            # A batch size is meant for the studied model.
+            how = {key: said[key] for key in (*JUDGE_OPTIONS, "device", "dtype") if key in said}
             drive(
                 "choose" if choose else verb, given, folder=(name, runs), config=config, progress=progress, judging=how
             )
@@ -148,7 +148,7 @@ def drive(
     sweeps = verb in ("sweep", "choose")
     made = options.make(values, config, defaults=options.SWEEP if sweeps else {})
     names, settings = judge.asked(judging.get("judges", ())), judge_settings(judging)
-    judge.check(names, settings)
+    settings = judge.check(names, settings)
     # Its bars for loading weights would run into ours.
     transformers_logging.disable_progress_bar()
     name, runs = folder

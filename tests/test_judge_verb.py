@@ -5,16 +5,20 @@ A loopback server of ours fails as it is told to; a real `transformers serve` pr
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from refusalscope.core.store import Store
-from refusalscope.core.types import Prompt, Prompts, Response, Responses, Verdict, Verdicts
+from refusalscope.core.types import Finding, Prompt, Prompts, Response, Responses, Verdict, Verdicts
 from refusalscope.evals import transport
+from refusalscope.evals.judges import Settings
+from refusalscope.evals.server import Server
+from refusalscope.pipeline import judge as judging
 from tests import judge_models
 from tests.judge_models import ANSWERS, ASKED
-from tests.judge_server import JudgeServer, about, judge_server, transformers_serve
+from tests.judge_server import MODEL, JudgeServer, about, judge_server, transformers_serve
 from tests.judge_server import Said as Says
 from tests.test_judging import contents, invoke
 
@@ -89,6 +93,8 @@ def test_a_fault_leaves_its_own_rows_open_and_they_alone_are_asked_again(fault: 
         twin = make_run(tmp_path / "twin", tuple(f"prompt {i}." for i in range(COUNT)), ("tea",) * COUNT)
         judged(twin, server.url)
     assert contents(twin) == contents(run)
+    (caveat,) = Store(run).read("findings/safety.json", Finding).caveats
+    assert "judge harmbench was a-judge: what is known of cais/HarmBench-Llama-2-13b-cls holds only if" in caveat
 
 
 def test_a_server_that_dies_half_way_leaves_the_rest_open(run: Path) -> None:
@@ -103,6 +109,23 @@ def test_a_server_that_dies_half_way_leaves_the_rest_open(run: Path) -> None:
         rows, _ = judged(run, server.url, "--batch-size", "4")
         assert prompts_asked(server) == set(range(COUNT)) - set(scored)
     assert all(row.score == 1 for row in rows)
+
+
+def test_a_server_that_is_gone_when_it_is_asked_leaves_all_open(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refusalscope.evals.server.PROBE", 0.1)
+    template = run.parent / "template.txt"
+    template.write_text(TEMPLATE)
+    with judge_server() as server:
+        settings = judging.check(["harmbench"], Settings(url=server.url, template=template))
+    assert settings.model == MODEL
+    gone = partial(Server, patience=0.0, backoff=0.0)
+    monkeypatch.setattr("refusalscope.evals.server.Server", gone)
+    (left,) = judging.judge_run(Store(run), ["harmbench"], settings)
+    assert (left.unscored, left.answers) == (COUNT, COUNT)
+    assert left.reason.startswith("unreachable")
+    assert (run / "findings" / "safety.json").is_file()
+    code, _, err = invoke("judge", run, "--judge", "nobody", "--judge-url", server.url)
+    assert (code, err.count("\n")) == (2, 1)
 
 
 def test_without_log_probabilities_the_word_is_kept(run: Path) -> None:

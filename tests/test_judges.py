@@ -246,7 +246,8 @@ def test_a_users_function_says_what_it_is_asked(own):
 
 
 def test_settings_say_what_a_users_function_is_asked(own):
-    assert own(VALUES, question="refused").question == "refused"
+    judge = own(VALUES, question="refused")
+    assert judge.question == judge.about["question"] == "refused"
 
 
 def test_a_users_function_sees_prompts_and_answers_and_may_use_numpy(own):
@@ -261,6 +262,10 @@ def test_a_users_function_sees_prompts_and_answers_and_may_use_numpy(own):
         ("    raise KeyError('tea\\nis out')", "KeyError: 'tea\\nis out'"),
         ("    raise RuntimeError('tea\\nis out')", "RuntimeError: tea"),
         ("    return [True]", "1 verdicts for 2 answers"),
+        (
+            "    import numpy\n    return numpy.zeros((2, 2))",
+            "ValueError: can only convert an array of size 1 to a Python scalar",
+        ),
         ("    return None", "TypeError: 'NoneType' object is not iterable"),
     ],
 )

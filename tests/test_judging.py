@@ -14,6 +14,7 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 from typer.testing import CliRunner
 
+from refusalscope import cli
 from refusalscope.cli import app
 from refusalscope.core import stats
 from refusalscope.core.store import Store
@@ -166,14 +167,36 @@ def test_what_a_judge_will_never_answer_is_not_asked_again(store: Store) -> None
     assert left.unscored == 2 * len(ARMS)
 
 
-def test_another_model_under_the_same_name_is_asked_everything(store: Store) -> None:
+def files_of(store: Store, judge: str) -> dict[str, str]:
+    found = contents(store.root)
+    return {p: found[p] for p in found if p.startswith(f"judged/{judge}/") or p == f"judges/{judge}.json"}
+
+
+def test_another_model_under_the_same_name_is_asked_everything_and_the_first_still_stands(store: Store) -> None:
     judge_all(store, Asked().judge())
-    other = Asked()
-    judge_all(store, other.judge(template="another"), datasets=["harmful"])
+    stood = files_of(store, "mine")
+    other = Asked(lambda exchange: exchange.prompt.id == "p0")
+    (left,) = judge_all(store, other.judge(template="another"), datasets=["harmful"])
     assert len(other.texts) == len(ARMS) * COUNT
+    assert files_of(store, "mine") == stood
+    assert re.fullmatch("mine-[0-9a-f]{6}", left.judge)
+    assert store.read(f"judges/{left.judge}.json", dict)["about"] == {"model": "tiny", "template": "another"}
     rows = store.read("findings/safety.json", Finding).rows
-    # What the first model said of the other data set is not passed off as the second's.
-    assert {row.dataset for row in rows if row.metric == "harmful:mine"} == {"harmful"}
+    seen = {name: {row.dataset for row in rows if row.metric == f"harmful:{name}"} for name in ("mine", left.judge)}
+    assert seen == {"mine": {"harmful", "harmless"}, left.judge: {"harmful"}}
+    agreed = store.read("findings/agreement.json", Finding)
+    assert next(row.n for row in agreed.rows if {*row.method.split(" vs ")} == {"mine", left.judge}) == 5 * (COUNT - 1)
+    again = [Asked(), Asked()]
+    judge_all(store, again[0].judge(template="another"), again[1].judge())
+    assert [len(one.texts) for one in again] == [len(ARMS) * (1 + COUNT), 0]
+    assert len(store.paths("judges", ".json")) == 2
+
+
+def test_a_judge_that_never_came_to_an_answer_gives_its_name_to_the_next(store: Store) -> None:
+    judge_all(store, Asked(lambda _: True).judge(dtype="float32"))
+    judge_all(store, Asked().judge(dtype="bfloat16"))
+    assert store.paths("judges", ".json") == ["judges/mine.json"]
+    assert store.read("judges/mine.json", dict)["about"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("batches", [1, 4, 13])
@@ -198,6 +221,26 @@ def test_killed_at_any_batch_it_goes_on_to_the_same_bytes(batches: int, store: S
     judge_all(store, rest.judge())
     assert len(asked.texts) + len(rest.texts) == 2 * len(ARMS) * COUNT
     assert contents(store.root) == contents(whole.root)
+
+
+def test_a_judge_that_cannot_be_loaded_costs_no_other_judge_its_verdicts(store: Store) -> None:
+    loads = []
+
+    def fails(exchanges: Sequence[Exchange]) -> list[Verdict]:
+        loads.append(len(exchanges))
+        raise ValueError("cannot load the weights of broken")
+
+    broken, mine = Judge("broken", "harmful", {"model": "broken"}, 4, fails), Asked()
+    (left,) = judge_all(store, broken, mine.judge())
+    every = 2 * len(ARMS) * COUNT
+    assert left == ("broken", every, every, "cannot load the weights of broken")
+    assert (loads, len(mine.texts)) == ([4], every)
+    rows = store.read("judged/broken/harmful/base.jsonl", Verdicts).rows
+    assert all(math.isnan(row.score) and not row.final and row.reason == left.reason for row in rows)
+    assert "cannot load the weights" in " ".join(store.read("findings/safety.json", Finding).caveats)
+    again = Asked()
+    judge_all(store, Judge("broken", "harmful", {"model": "broken"}, 4, again))
+    assert len(again.texts) == every
 
 
 # ---- findings
@@ -361,6 +404,15 @@ def test_a_run_with_a_judge_nobody_knows_does_not_begin(tmp_path: Path) -> None:
     code, _, err = invoke("run", "testbed", "--runs", tmp_path / "runs", "--judge", "nobody")
     assert (code, err.count("\n")) == (2, 1)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("verb", ["run", "benchmark"])
+def test_device_and_dtype_hold_for_the_judges_too(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr(cli, "drive", lambda *_, judging, **__: seen.append(cli.judge_settings(judging)))
+    words = ("--device", "cpu", "--dtype", "float32", "--batch-size", "2", "--judge", "minos")
+    assert invoke(verb, "testbed", *words)[0] == 0
+    assert seen == [Settings(device="cpu", dtype="float32")]
 
 
 def test_a_configuration_file_names_no_judge(tmp_path: Path) -> None:

@@ -58,12 +58,12 @@ def score(found: Found) -> Score:
         answers = [exchange.response.text for exchange in exchanges]
         try:
             said = list(found.function(prompts, answers))
+            if len(said) != len(exchanges):
+                return _unscored(exchanges, f"{len(said)} verdicts for {len(exchanges)} answers")
+            return [_verdict(exchange.prompt.id, one) for exchange, one in zip(exchanges, said, strict=True)]
         except Exception as error:
-            # Whatever a user's function raises.
+            # Whatever a user's function raises, and whatever its values do when they are read.
             return _unscored(exchanges, f"{type(error).__name__}: {first_line(error)}")
-        if len(said) != len(exchanges):
-            return _unscored(exchanges, f"{len(said)} verdicts for {len(exchanges)} answers")
-        return [_verdict(exchange.prompt.id, one) for exchange, one in zip(exchanges, said, strict=True)]
 
     return scored
 

@@ -6,7 +6,8 @@ cannot score comes back unscored, with the reason. Knows nothing of files.
 
 import hashlib
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -78,7 +79,6 @@ class Known:
     what: str
     """What it measures."""
     repository: str = ""
-    parameters: str = ""
     memory: float | None = None
     licence: str = ""
     fields: tuple[str, ...] = ()
@@ -107,11 +107,39 @@ def opened(names: Sequence[str], settings: Settings) -> Iterator[Judge]:
     `wildguard` and `wildguard-refused` share their model and its replies. Raises ValueError, one line, before any is
     yielded, for a name that is not known, and for a checkpoint, template or package that is not there.
     """
-    own = sorted({row.repository for row in known() if row.name in names and row.repository})
-    if settings.model is not None and settings.url is None and len(own) > 1:
-        raise ValueError(f"--judge-model is one checkpoint, and would take the place of {' and of '.join(own)}")
-    machines: dict[tuple[str, bool], Any] = {}
+    wanted = [row for row in known() if row.name in names and row.repository]
+    _check_one_model(wanted, settings)
+    asked = Counter(row.repository for row in wanted)
+    machines = _Machines({}, {repository for repository, count in asked.items() if count > 1})
     return _in_turn([_opened(name, settings, machines) for name in names])
+
+
+def _check_one_model(wanted: Sequence[Known], settings: Settings) -> None:
+    """Judges that differ in their models are no two judges where one model answers for both."""
+    # What is no chat model has a complaint of its own coming.
+    own = sorted({row.repository for row in wanted if settings.url is None or row.kind != "labels"})
+    if len(own) > 1 and settings.url is not None:
+        raise ValueError(
+            f"--judge-url gives one model, and would take the place of {' and of '.join(own)}: ask in turn"
+        )
+    if len(own) > 1 and settings.model is not None:
+        raise ValueError(f"--judge-model is one checkpoint, and would take the place of {' and of '.join(own)}")
+
+
+class _Machines(NamedTuple):
+    """What judges run on, by the checkpoint and the kind of model it is."""
+
+    made: dict[tuple[str, bool], Any]
+    shared: Collection[str]
+    """Repositories that several of the judges read."""
+
+    def take(self, key: tuple[str, bool], repository: str, make: Callable[[], Any]) -> Any:
+        """The machine of this key, made once; one whose replies several judges read remembers them."""
+        from refusalscope.evals import classifiers
+
+        if key not in self.made:
+            self.made[key] = classifiers.Remembering(make()) if repository in self.shared else make()
+        return self.made[key]
 
 
 class _Opened(NamedTuple):
@@ -133,7 +161,7 @@ def _in_turn(judges: Sequence[_Opened]) -> Iterator[Judge]:
             held.release()
 
 
-def _opened(name: str, settings: Settings, machines: dict[tuple[str, bool], Any]) -> _Opened:
+def _opened(name: str, settings: Settings, machines: _Machines) -> _Opened:
     table = {row.name: row for row in known()}
     if ":" in name.strip(":"):
         return _Opened(_function(name, settings))
@@ -142,12 +170,12 @@ def _opened(name: str, settings: Settings, machines: dict[tuple[str, bool], Any]
     if table[name].kind == "rubric":
         return _Opened(_rubric(settings))
     if settings.url is not None:
-        return _Opened(_served(table[name], settings, settings.url))
+        return _Opened(_served(table[name], settings, settings.url, machines))
     return _in_process(table[name], settings, machines)
 
 
-def _in_process(known: Known, settings: Settings, machines: dict[tuple[str, bool], Any]) -> _Opened:
-    from refusalscope.evals import checkpoints, classifiers
+def _in_process(known: Known, settings: Settings, machines: _Machines) -> _Opened:
+    from refusalscope.evals import checkpoints
     from refusalscope.evals.local import Local, Sequences
     from refusalscope.evals.local_vllm import Vllm
 
@@ -155,19 +183,18 @@ def _in_process(known: Known, settings: Settings, machines: dict[tuple[str, bool
     template = _template(known, settings, checkpoint.card)
     vllm = settings.engine == "vllm" and known.kind != "labels"
     size = settings.batch_size or (TOGETHER if vllm else BATCH)
-    key = (checkpoint.source, known.kind == "labels")
-    if key not in machines:
-        placing = {"device": settings.device, "dtype": settings.dtype, "batch_size": size}
-        if known.kind == "labels":
-            machines[key] = Sequences(checkpoint, **placing)
-        else:
-            engine = Vllm(checkpoint, dtype=settings.dtype) if vllm else Local(checkpoint, **placing)
-            machines[key] = classifiers.Remembering(engine)
-    machine = machines[key]
+
+    def make() -> Any:
+        if vllm:
+            return Vllm(checkpoint, dtype=settings.dtype)
+        kind = Sequences if known.kind == "labels" else Local
+        return kind(checkpoint, device=settings.device, dtype=settings.dtype, batch_size=size)
+
+    machine = machines.take((checkpoint.source, known.kind == "labels"), known.repository, make)
     return _Opened(_classifier(known, machine, template, machine.reader, machine.about, size), machine)
 
 
-def _served(known: Known, settings: Settings, url: str) -> Judge:
+def _served(known: Known, settings: Settings, url: str, machines: _Machines) -> Judge:
     from refusalscope.evals import checkpoints, classifiers
     from refusalscope.evals.server import Server
 
@@ -191,7 +218,7 @@ def _served(known: Known, settings: Settings, url: str) -> Judge:
     about: dict[str, Any] = {"model": server.model, "engine": "server"}
     if reader is not None and checkpoint is not None:
         about["cut_by"] = checkpoint.about
-    machine = classifiers.Remembering(classifiers.Served(server, reader))
+    machine = machines.take((known.repository, False), known.repository, lambda: classifiers.Served(server, reader))
     return _classifier(known, machine, template, reader, about, settings.batch_size or TOGETHER)
 
 
@@ -216,9 +243,13 @@ def _classifier(known: Known, machine: Any, template: Any, reader: Any, about: M
 
     score = classifiers.KINDS[known.kind](machine, known, template)
     more: dict[str, Any] = {} if template is None else {"template": template.digest}
-    if known.clip:
-        score = classifiers.clipped(score, reader, known.clip)
-        more["clip"] = known.clip
+    if reader is not None:
+        score = classifiers.apart(score, reader)
+        if known.clip:
+            score = classifiers.clipped(score, reader, known.clip)
+            more["clip"] = known.clip
+    if about["model"] != known.repository:
+        more["in_place_of"] = known.repository
     return Judge(known.name, _question(known.question), {**about, **more}, size, finished(score))
 
 
@@ -240,9 +271,9 @@ def _function(name: str, settings: Settings) -> Judge:
 
     found = functions.find(name)
     question = _question(getattr(found.function, "question", settings.question), name)
-    return Judge(
-        name.replace(":", "."), question, found.about, settings.batch_size or BATCH, finished(functions.score(found))
-    )
+    about = {**found.about, "question": question}
+    score = finished(functions.score(found))
+    return Judge(name.replace(":", "."), question, about, settings.batch_size or BATCH, score)
 
 
 def _question(text: str, name: str = "") -> Question:

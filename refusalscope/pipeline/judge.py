@@ -1,21 +1,23 @@
 """Answers that stand in a run folder, scored by any judges at any time: nothing is generated again.
 
-A judge's verdicts are files of its own, so judging together with the run or later leaves the same bytes. What a judge
-could not score, and another time might, is a gap: every later call asks about it again, and never about a scored one.
+A judge's verdicts are files of its own, so judging together with the run or later leaves the same bytes; one of the
+same name under other settings is another judge. What a judge could not score, and another time might, is a gap: every
+later call asks about it again, and never about a scored one.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store, to_json
-from refusalscope.core.types import Finding, Question, Verdict, Verdicts
+from refusalscope.core.types import Finding, NaN, Question, Verdict, Verdicts
 from refusalscope.evals import judges
-from refusalscope.evals.judges import Judge, Settings
+from refusalscope.evals.checkpoints import first_line
+from refusalscope.evals.judges import Exchange, Judge, Score, Settings
 from refusalscope.evals.rules import RULES
 from refusalscope.pipeline import labels as person
 from refusalscope.pipeline.answered import Answered, answers, only
@@ -26,6 +28,8 @@ Progress = Callable[[str, int, int], None]
 NO_JUDGE = "none"
 SAFETY = "findings/safety.json"
 REPORT = "report.html"
+DIGITS = 6
+"""Of a fingerprint, where two judges of one name are told apart."""
 
 
 class Unscored(NamedTuple):
@@ -43,10 +47,14 @@ def asked(names: Iterable[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in RULES and name != NO_JUDGE]
 
 
-def check(names: Sequence[str], settings: Settings) -> None:
-    """Raise ValueError, one line, for a judge that is not known or cannot be had; loads no weights."""
-    for _ in judges.opened(asked(names), settings):
-        pass
+def check(names: Sequence[str], settings: Settings) -> Settings:
+    """Raise ValueError, one line, for a judge that is not known or cannot be had; loads no weights.
+
+    Returns the settings with the name that a server gave its model: it may be gone by the time that it is asked.
+    """
+    abouts = [judge.about for judge in judges.opened(asked(names), settings)]
+    served = [about["model"] for about in abouts if about.get("engine") == "server"]
+    return replace(settings, model=served[0]) if served else settings
 
 
 def judge_run(
@@ -66,7 +74,7 @@ def judge_run(
     answered = answers(store)
     wanted = only(answered, datasets)
     told = [] if labels is None else person.read(labels, answered)
-    check(names, settings)
+    settings = check(names, settings)
     if labels is not None:
         keep_labels(store, told, person.about(labels))
     left = score(store, wanted, judges.opened(asked(names), settings), progress)
@@ -75,10 +83,13 @@ def judge_run(
 
 
 def score(store: Store, answered: Sequence[Answered], opened: Iterable[Judge], progress: Progress) -> list[Unscored]:
-    """Every judge in turn over all answers; each batch is written as soon as it is scored."""
+    """Every judge in turn over all answers; each batch is written as soon as it is scored.
+
+    A judge that fails as a whole leaves its answers unscored, and the other judges to go on.
+    """
     left = []
     for judge in opened:
-        _describe(store, judge.name, judge.question, judge.about)
+        judge = replace(judge, name=_name(store, judge), score=_unfailing(judge.score))
         rows: list[Verdict] = []
         for done, one in enumerate(answered):
             progress(f"{judge.name} on {one.name.removesuffix('.jsonl')}", done, len(answered))
@@ -137,8 +148,44 @@ def _scored(store: Store, one: Answered, judge: Judge) -> Verdicts:
         pending = [exchange for exchange in batch if _is_gap(known.get(exchange.prompt.id))]
         if pending:
             known |= {row.prompt_id: row for row in judge.score(pending)}
+            _describe(store, judge.name, judge.question, judge.about)
             store.put(path, key, _verdicts(judge, one, known))
     return _verdicts(judge, one, known)
+
+
+def _name(store: Store, judge: Judge) -> str:
+    """The judge's name, or another one where a judge of that name that is about something else has said anything.
+
+    So the verdicts of one rubric by two models, or of one judge on two machines, stand side by side.
+    """
+    other = f"{judge.name}-{fingerprint(judge.about)[:DIGITS]}"
+    stand = store.paths("judges", ".json")
+    if f"judges/{other}.json" in stand:
+        return other
+    if (path := f"judges/{judge.name}.json") not in stand:
+        return judge.name
+    same = fingerprint(store.read(path, dict)["about"]) == fingerprint(judge.about)
+    made = (row for path in store.paths(f"judged/{judge.name}", ".jsonl") for row in store.read(path, Verdicts).rows)
+    # One that never came to an answer, as its weights did not fit, gives its name to the next.
+    return judge.name if same or all(map(_is_gap, made)) else other
+
+
+def _unfailing(score: Score) -> Score:
+    """The judge that fails but once, as when its weights cannot be loaded, and leaves all from there on unscored."""
+    fault = ""
+
+    def scored(exchanges: Sequence[Exchange]) -> list[Verdict]:
+        nonlocal fault
+        if not fault:
+            try:
+                return score(exchanges)
+            except Exception as error:
+                # Libraries fail in their own ways, and what was generated for hours is worth its findings.
+                name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                fault = f"{name}{first_line(error)}"
+        return [Verdict(exchange.prompt.id, NaN, reason=fault, final=False) for exchange in exchanges]
+
+    return scored
 
 
 def _verdicts(judge: Judge, one: Answered, known: Mapping[str, Verdict]) -> Verdicts:

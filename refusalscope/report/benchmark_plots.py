@@ -131,8 +131,8 @@ def _strength(finding: Finding, rows: Sequence[Row]) -> Plot | None:
     n = counted(row for by_metric in series.values() for points in by_metric.values() for _, row in points)
     return Plot(
         f"Share of {DATASET_OF_STRENGTHS} prompts refused, answered and incoherent against the factor c that the "
-        f"features are scaled by, with 95% intervals (n = {n}); c = 1 is the unedited model, the dashed line the factor "
-        f"chosen.",
+        f"features are scaled by, with 95% intervals (n = {n}); c = 1 is the unedited model, the dashed line the "
+        f"factor chosen.",
         figure,
     )
 

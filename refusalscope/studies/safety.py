@@ -42,7 +42,7 @@ def summarise(
         unscored += _unscored(judge, made, prompts)
     clusters = {dataset: len(set(asked.clusters)) for dataset, asked in prompts.items()}
     rows = [*stats.with_holm(rows), *smallest(rows, clusters)]
-    return Finding("safety", QUESTION, tuple(rows), tuple(unscored), provenance)
+    return Finding("safety", QUESTION, tuple(rows), (*_stand_ins(provenance), *unscored), provenance)
 
 
 def _by_judge(verdicts: Sequence[Verdicts]) -> dict[tuple[str, Question], list[Verdicts]]:
@@ -66,6 +66,18 @@ def _graded(made: Sequence[Verdicts], prompts: Mapping[str, Prompts], metric: st
     if all(math.isnan(value) for one in graded for value in one.scores):
         return []
     return [one.row(metric, stats.mean(one.scores, one.clusters)) for one in with_pooled(graded)]
+
+
+def _stand_ins(provenance: Mapping[str, Any]) -> list[str]:
+    """A sentence for every judge under whose name another model than its own answered."""
+    found = []
+    for judge in provenance.get("judges", {}).values():
+        if own := judge["about"].get("in_place_of"):
+            asked = judge["about"]["model"]
+            found.append(
+                f"The judge {judge['name']} was {asked}: what is known of {own} holds only if that is the same."
+            )
+    return found
 
 
 def _unscored(judge: str, made: Sequence[Verdicts], prompts: Mapping[str, Prompts]) -> list[str]:
