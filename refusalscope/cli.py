@@ -304,11 +304,9 @@ def capability(
 
         transformers_logging.disable_progress_bar()
         names = None if methods is None else split(methods)
-        wanted = measuring.Wanted(split(tasks), names, limit, num_fewshot, include_path, documents)
+        wanted = measuring.Wanted(split(tasks), names, limit, num_fewshot, include_path, documents, batch_size)
         with closing(measuring.reopened(run, progress)) as job:
-            if batch_size is not None:
-                job.resize(measuring.STAGE, batch_size)
-            print(run / job.run(lambda job: measuring.run_capability(job, wanted)))
+            print(run / measuring.run_capability(job, wanted))
 
 
 def split(text: str) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from refusalscope.mechanism.interventions import (
     ScaleFeatures,
     SetFeatures,
 )
+from refusalscope.pipeline import capability as measuring
 from refusalscope.report.capability import cost_table
 from refusalscope.studies import capability as study
 from refusalscope.testbed import shipped
@@ -402,7 +404,31 @@ def test_only_what_was_measured_alike_is_compared(finished: Path, folder: Path, 
     assert again == {("base", ""), ("direction", "remove"), ("cosine", "scale c=0 k=5")}
     assert {row.n for row in rows if row.dataset == CHOICES} == {2}
     assert {(row.method, row.setting) for row in rows if row.dataset == ANSWERS} == EDITS
-    assert "capability = 2" in (run / "options.toml").read_text()
+    assert f'"capability {CHOICES}" = 2' in (run / "options.toml").read_text()
+
+
+def test_memory_that_runs_out_in_one_task_leaves_the_others_as_they_are(
+    finished: Path, folder: Path, tmp_path: Path
+) -> None:
+    run = _copy(finished, tmp_path)
+    before = {file: file.read_bytes() for file in (run / "capability" / CHOICES).iterdir()}
+    full = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")]
+
+    def progress(step: str, *_: int) -> None:
+        if step.startswith(f"{ANSWERS} under base") and full:
+            raise full.pop()
+
+    wanted = measuring.Wanted((CHOICES, ANSWERS), limit=3, include_path=folder, batch_size=4)
+    with closing(measuring.reopened(run, progress)) as job:
+        size = job.derived["batch_size"]
+        job.resize(f"capability {CHOICES}", size)
+        measuring.run_capability(job, replace(wanted, tasks=(ANSWERS,)))
+        assert job.derived["batch_sizes"] == {f"capability {CHOICES}": size, f"capability {ANSWERS}": 2}
+        measuring.run_capability(job, replace(wanted, batch_size=None))
+    assert {file: file.read_bytes() for file in (run / "capability" / CHOICES).iterdir()} == before
+    rows = Store(run).read("findings/capability.json", Finding).rows
+    assert {row.dataset for row in rows} >= {CHOICES, ANSWERS, "documents"}
+    assert {(row.method, row.setting) for row in rows if row.dataset == CHOICES} == EDITS
 
 
 @pytest.mark.parametrize(

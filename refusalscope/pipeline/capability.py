@@ -24,7 +24,7 @@ from refusalscope.studies import capability as study
 from refusalscope.studies.benchmark import BASE, Arm
 
 STAGE = "capability"
-DOCUMENTS, DOCUMENT_COSTS = "documents.jsonl", "costs/documents"
+DOCUMENTS, DOCUMENT_COSTS = "documents", "costs/documents"
 Settings = dict[str, Any]
 """What two edits must have in common to be compared."""
 
@@ -41,6 +41,8 @@ class Wanted:
     num_fewshot: int | None = None
     include_path: Path | None = None
     documents: str | None = None
+    batch_size: int | None = None
+    """Of every task and of the documents, from now on; None: as it stands."""
 
 
 class Standing(NamedTuple):
@@ -63,9 +65,17 @@ def run_capability(job: Job, wanted: Wanted) -> str:
     standing = read_standing(job)
     chosen = wanted_arms(standing.arms, wanted.methods)
     texts = None if wanted.documents is None else documents.source(wanted.documents)
-    _measure_tasks(job, standing, chosen, wanted)
-    if texts is not None:
-        _measure_documents(job, standing, chosen, texts)
+    tasks = _loaded(wanted)
+    if wanted.batch_size is not None:
+        for name in (*(task.name for task in tasks), *([] if texts is None else [DOCUMENTS])):
+            job.resize(_stage(name), wanted.batch_size)
+
+    def measured(job: Job) -> None:
+        _measure_tasks(job, standing, chosen, wanted, tasks)
+        if texts is not None:
+            _measure_documents(job, standing, chosen, texts)
+
+    job.run(measured)
     summarise(job, standing, chosen)
     return write_report(job.store) if (job.store.root / "report.html").is_file() else "findings/capability.json"
 
@@ -112,7 +122,7 @@ def summarise(job: Job, standing: Standing, chosen: Sequence[Arm]) -> Finding:
     measures += _refusals(job, edits)
     settings = {made["task"]: made["settings"] for _, made in tasks}
     if texts:
-        settings["documents"] = texts[0][1]["settings"]
+        settings[DOCUMENTS] = texts[0][1]["settings"]
     return keep_finding(
         job,
         study.summarise(
@@ -131,21 +141,37 @@ def summarise(job: Job, standing: Standing, chosen: Sequence[Arm]) -> Finding:
     )
 
 
-def _measure_tasks(job: Job, standing: Standing, chosen: Sequence[Arm], wanted: Wanted) -> None:
+def _loaded(wanted: Wanted) -> list[harness.Task]:
     if not wanted.tasks:
-        return
-    settings = {
-        "limit": wanted.limit,
-        "num_fewshot": wanted.num_fewshot,
-        "task_files": harness.digest(wanted.include_path),
-        "lm_eval": harness.package_version(),
-    }
-    tasks = harness.load(wanted.tasks, include_path=wanted.include_path, num_fewshot=wanted.num_fewshot)
+        return []
+    return harness.load(wanted.tasks, include_path=wanted.include_path, num_fewshot=wanted.num_fewshot)
+
+
+def _stage(name: str) -> str:
+    """Of a task, or of the documents: memory that runs out in one leaves the batches of the others as they are."""
+    return f"{STAGE} {name}"
+
+
+def _key(job: Job, arm: Arm, name: str, settings: Settings) -> str:
+    """Under `STAGE`, whose batch size is always the run's own: that of the measurement is one of the settings."""
+    return job.key(STAGE, name, arm, settings)
+
+
+def _measure_tasks(
+    job: Job, standing: Standing, chosen: Sequence[Arm], wanted: Wanted, tasks: Sequence[harness.Task]
+) -> None:
     for task in tasks:
+        settings = {
+            "limit": wanted.limit,
+            "num_fewshot": wanted.num_fewshot,
+            "task_files": harness.digest(wanted.include_path),
+            "lm_eval": harness.package_version(),
+            "batch_size": job.size(_stage(task.name)),
+        }
         for arm in chosen:
             job.store.ensure(
                 f"{STAGE}/{task.name.replace('/', '-')}/{arm.label}.json",
-                job.key(STAGE, arm, task.name, settings),
+                _key(job, arm, task.name, settings),
                 partial(_measure_task, job, standing, task, arm, settings),
             )
 
@@ -156,7 +182,7 @@ def _measure_task(job: Job, standing: Standing, task: harness.Task, arm: Arm, se
         task,
         arm.intervention,
         slices=slices_of(standing.chosen, arm),
-        batch_size=job.size(STAGE),
+        batch_size=job.size(_stage(task.name)),
         limit=settings["limit"],
         progress=lambda step, done, total: job.progress(f"{task.name} under {arm.label}: {step}", done, total),
     )
@@ -165,15 +191,21 @@ def _measure_task(job: Job, standing: Standing, task: harness.Task, arm: Arm, se
 
 def _measure_documents(job: Job, standing: Standing, chosen: Sequence[Arm], source: Path | documents.HubColumn) -> None:
     # Kept in the folder: a data set of the hub is fetched once, whatever is measured on it later.
-    key = fingerprint("documents", documents.identity(source))
-    rows = job.store.get(DOCUMENTS, key, Prompts, lambda: documents.read(source))
-    settings = {"source": rows[0].source, "count": len(rows), "key": key, "tokens": costs.DOCUMENT_TOKENS}
+    key = fingerprint(DOCUMENTS, documents.identity(source))
+    rows = job.store.get(f"{DOCUMENTS}.jsonl", key, Prompts, lambda: documents.read(source))
+    settings = {
+        "source": rows[0].source,
+        "count": len(rows),
+        "key": key,
+        "tokens": costs.DOCUMENT_TOKENS,
+        "batch_size": job.size(_stage(DOCUMENTS)),
+    }
     for done, arm in enumerate(chosen):
         job.progress(f"cross-entropy of documents: {arm.label}", done, len(chosen))
         job.in_batches(
-            STAGE,
+            _stage(DOCUMENTS),
             f"{DOCUMENT_COSTS}/{arm.label}.json",
-            key=job.key(STAGE, "documents", arm, settings),
+            key=_key(job, arm, DOCUMENTS, settings),
             rows=rows,
             kind=dict,
             make=partial(_measure_batch, job, standing, arm, settings),
@@ -182,7 +214,7 @@ def _measure_documents(job: Job, standing: Standing, chosen: Sequence[Arm], sour
 
 
 def _measure_batch(job: Job, standing: Standing, arm: Arm, settings: Settings, batch: Prompts) -> dict[str, Any]:
-    slices, size = slices_of(standing.chosen, arm), job.size(STAGE)
+    slices, size = slices_of(standing.chosen, arm), job.size(_stage(DOCUMENTS))
     cost = costs.document_cost(job.model, batch, arm.intervention, slices=slices, batch_size=size)
     return {"settings": settings, "cost": cost._asdict()}
 
