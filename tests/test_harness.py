@@ -19,7 +19,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from refusalscope.core.store import Store
+from refusalscope.core.store import Store, to_json
 from refusalscope.core.types import Feature, FeatureSet, Finding, SaeSlice
 from refusalscope.evals import harness
 from refusalscope.inputs.chat import ChatModel
@@ -405,6 +405,36 @@ def test_only_what_was_measured_alike_is_compared(finished: Path, folder: Path, 
     assert {row.n for row in rows if row.dataset == CHOICES} == {2}
     assert {(row.method, row.setting) for row in rows if row.dataset == ANSWERS} == EDITS
     assert f'"capability {CHOICES}" = 2' in (run / "options.toml").read_text()
+
+
+@pytest.mark.parametrize("by", ["version", "edit"])
+def test_what_another_version_or_another_edit_made_is_left_out_and_named(
+    finished: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    run = _copy(finished, tmp_path)
+    if by == "version":
+        monkeypatch.setattr("refusalscope.pipeline.job.versions", lambda: {"refusalscope": "another"})
+    else:
+        store = Store(run)
+        entries = store.read("manifest.json", dict)
+        for path in (f"capability/{ANSWERS}", "costs/documents", "costs/harmless"):
+            entries[f"{path}/cosine scale c=0 k=5.json"]["key"] = "of another set"
+        entries["responses/look-alike/cosine scale c=0 k=5.jsonl"]["key"] = "of another set"
+        (run / "manifest.json").write_bytes(to_json(entries))
+    with closing(measuring.reopened(run)) as job:
+        standing = measuring.read_standing(job)
+        finding = measuring.summarise(job, standing, standing.arms)
+    named = finding.caveats[-1]
+    assert named.startswith("Left out, since other versions, edits or settings made them than are compared here: ")
+    if by == "version":
+        assert finding.rows == ()
+        assert f"capability/{CHOICES}/base, " in named
+        return
+    cosine = {(row.dataset, row.metric) for row in finding.rows if row.method == "cosine"}
+    metrics = {"acc", "acc_norm", "acc_change", "acc_norm_change"}
+    assert cosine == {(CHOICES, one) for one in metrics} | {("harmless", "refused"), ("harmless", "refused_change")}
+    assert {row.method for row in finding.rows if row.dataset == ANSWERS} >= {"base", "direction"}
+    assert named.count("/cosine scale c=0 k=5") == 4
 
 
 def test_memory_that_runs_out_in_one_task_leaves_the_others_as_they_are(
