@@ -164,7 +164,10 @@ def test_cross_entropy_of_documents_equals_transformers_loss(model: ChatModel, a
 def test_padding_and_batch_size_do_not_change_the_cross_entropy_of_documents(model: ChatModel) -> None:
     rows, removal = tiny.prompts("documents", DOCUMENTS), RemoveDirection(tiny.direction(), affine=True)
     one, many = (capability.document_cost(model, rows, removal, batch_size=size) for size in (1, 4))
-    assert (one.document_ids, one.tokens) == (many.document_ids, many.tokens)
+    assert (one.document_ids, one.tokens, one.changed) == (many.document_ids, many.tokens, many.changed)
+    assert one.changed > capability.document_cost(model, rows, None, batch_size=4).changed == 0
+    halves = [capability.document_cost(model, part, removal, batch_size=2) for part in (rows[:2], rows[2:])]
+    assert capability.joined(halves).changed == one.changed
     assert one.cross_entropy == pytest.approx(many.cross_entropy, abs=1e-5)
 
 

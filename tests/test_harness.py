@@ -22,6 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from refusalscope.core.store import Store, to_json
 from refusalscope.core.types import Feature, FeatureSet, Finding, SaeSlice
 from refusalscope.evals import harness
+from refusalscope.inputs import documents
 from refusalscope.inputs.chat import ChatModel
 from refusalscope.inputs.saes import SaeBank
 from refusalscope.inputs.template import ChatStyle
@@ -35,6 +36,7 @@ from refusalscope.mechanism.interventions import (
 )
 from refusalscope.pipeline import capability as measuring
 from refusalscope.report.capability import cost_table
+from refusalscope.studies import benchmark
 from refusalscope.studies import capability as study
 from refusalscope.testbed import shipped
 from tests import chat_templates, harness_tasks, tiny
@@ -161,9 +163,13 @@ def test_answers_are_those_the_run_itself_would_give(testbed: ChatModel, folder:
     assert sum(value["exact_match:flexible-extract"][0] for value in values) >= 3
 
 
+def _slices() -> dict[int, SaeSlice]:
+    return SaeBank.from_folders({3: shipped.ASSETS / "saes/layer_3"}, identity="testbed").slices(SET.by_layer())
+
+
 @pytest.fixture(scope="module")
 def slices() -> dict[int, SaeSlice]:
-    return SaeBank.from_folders({3: shipped.ASSETS / "saes/layer_3"}, identity="testbed").slices(SET.by_layer())
+    return _slices()
 
 
 def _accuracy(measured: dict, metric: str) -> float:
@@ -181,6 +187,7 @@ def test_an_edit_that_does_nothing_leaves_every_bit_and_another_costs_accuracy(
         for edit in (None, ScaleFeatures(SET, 1.0), SetFeatures(SET, 20.0))
     )
     assert same == plain
+    assert plain["changed"] == 0 < edited["changed"]
     assert [d["id"] for d in edited["documents"]] == [d["id"] for d in plain["documents"]]
     assert all(a["responses"] != b["responses"] for a, b in zip(edited["documents"], plain["documents"], strict=True))
     assert _accuracy(plain, metric) > 0.7 > 0.6 > _accuracy(edited, metric)
@@ -362,10 +369,10 @@ def test_local_tasks_and_costs_under_every_method(finished: Path) -> None:
 
 def test_what_the_run_measured_itself_is_said_as_it_is(finished: Path) -> None:
     store = Store(finished)
-    benchmark, capability = (store.read(f"findings/{name}.json", Finding) for name in ("benchmark", "capability"))
+    measured, capability = (store.read(f"findings/{name}.json", Finding) for name in ("benchmark", "capability"))
     for method, setting in EDITS - {("base", "")}:
         for metric in ("cross_entropy_change", "kl", "refused"):
-            first, second = (found.find("harmless", method, metric, setting) for found in (benchmark, capability))
+            first, second = (found.find("harmless", method, metric, setting) for found in (measured, capability))
             assert first is not None
             assert second is not None
             assert second.estimate == pytest.approx(first.estimate, abs=1e-6)
@@ -435,6 +442,23 @@ def test_what_another_version_or_another_edit_made_is_left_out_and_named(
     assert cosine == {(CHOICES, one) for one in metrics} | {("harmless", "refused"), ("harmless", "refused_change")}
     assert {row.method for row in finding.rows if row.dataset == ANSWERS} >= {"base", "direction"}
     assert named.count("/cosine scale c=0 k=5") == 4
+
+
+def test_edits_that_changed_nothing_are_named(finished: Path, folder: Path, tmp_path: Path) -> None:
+    run = _copy(finished, tmp_path)
+    assert not [note for note in Store(run).read("findings/capability.json", Finding).caveats if "no position" in note]
+    texts = documents.source(str(finished.parent / "texts.txt"))
+    with closing(measuring.reopened(run)) as job:
+        standing = measuring.read_standing(job)
+        idle = benchmark.scale_arm(SET, 1.0)
+        standing = standing._replace(arms=[benchmark.BASE, idle], chosen=replace(standing.chosen, slices=_slices()))
+        tasks = harness.load([CHOICES], include_path=folder)
+        wanted = measuring.Wanted((CHOICES,), limit=3, include_path=folder)
+        measuring._measure_tasks(job, standing, standing.arms, wanted, tasks)
+        measuring._measure_documents(job, standing, standing.arms, texts)
+        caveats = measuring.summarise(job, standing, standing.arms).caveats
+    names = [f"test scale c=1 k=60 on {name}" for name in (CHOICES, "documents")]
+    assert f"These edits changed no position at all: {', '.join(names)}." in caveats
 
 
 def test_memory_that_runs_out_in_one_task_leaves_the_others_as_they_are(

@@ -88,6 +88,7 @@ def measure(
     `documents`: of every document (the first `limit` of each part) its `id`, the `part` it is of, each metric's
     `values` (one number, or several) and the `responses`: log-likelihoods in nats, or texts. `left_out`: metrics that
     have no value per document. `shortened`: requests longer than the model's context, which lost their beginning.
+    `changed`: positions whose residual the edit really changed, summed over layers and requests.
     Raises ValueError, one line, for an intervention that needs a chat's roles or prompts.
     """
     from lm_eval.evaluator import evaluate
@@ -95,7 +96,7 @@ def measure(
     from refusalscope.evals.harness_model import HarnessModel
 
     check_everywhere(intervention)
-    edits = editor(intervention, layers=len(model.layers), slices=slices).edits
+    made = editor(intervention, layers=len(model.layers), slices=slices)
     asks_for_text = all(part.OUTPUT_TYPE == ANSWERED for part in task.parts.values())
     with _contained(model.device) as stderr:
         wrapped = HarnessModel(model, batch_size=batch_size, stderr=stderr, progress=progress)
@@ -103,7 +104,7 @@ def measure(
         for part in task.parts.values():
             _check_room(part, wrapped)
             part.set_fewshot_seed(seed=SEED)
-        with model.edited(edits):
+        with model.edited(made.edits):
             found: Any = evaluate(
                 lm=wrapped,
                 task_dict={"tasks": dict(task.parts), "groups": {}},
@@ -114,7 +115,13 @@ def measure(
                 fewshot_as_multiturn=True,
             )
     documents, left_out = _documents(task, found["samples"])
-    return {"task": task.name, "documents": documents, "left_out": left_out, "shortened": wrapped.shortened}
+    return {
+        "task": task.name,
+        "documents": documents,
+        "left_out": left_out,
+        "shortened": wrapped.shortened,
+        "changed": made.changed,
+    }
 
 
 def digest(folder: Path | None) -> str:

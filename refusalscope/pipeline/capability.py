@@ -38,6 +38,7 @@ DOCUMENTS, DOCUMENT_COSTS = "documents", "costs/documents"
 T = TypeVar("T")
 Settings = dict[str, Any]
 """What two edits must have in common to be compared."""
+Measured = tuple[Arm, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def summarise(job: Job, standing: Standing, chosen: Sequence[Arm]) -> Finding:
         job,
         study.summarise(
             measures,
-            caveats=[*_caveats(tasks), *shelf.notes],
+            caveats=[*_caveats(tasks), *_untouched(tasks, texts), *shelf.notes],
             provenance={
                 "model": job.target.name,
                 "model_and_saes": job.target.identity,
@@ -323,7 +324,7 @@ def _prompts(job: Job) -> dict[str, Prompts]:
     return {rows.name: rows for rows in read if len(rows)}
 
 
-def _caveats(tasks: Sequence[tuple[Arm, Mapping[str, Any]]]) -> list[str]:
+def _caveats(tasks: Sequence[Measured]) -> list[str]:
     notes = []
     for _, made in tasks:
         if left := ", ".join(made["left_out"]):
@@ -336,3 +337,10 @@ def _caveats(tasks: Sequence[tuple[Arm, Mapping[str, Any]]]) -> list[str]:
                 "the model's context."
             )
     return list(dict.fromkeys(notes))
+
+
+def _untouched(tasks: Sequence[Measured], texts: Sequence[Measured]) -> list[str]:
+    counts = [(arm, made["task"], made["changed"]) for arm, made in tasks]
+    counts += [(arm, DOCUMENTS, made["cost"]["changed"]) for arm, made in texts]
+    names = [f"{arm.method} {arm.setting} on {name}" for arm, name, changed in counts if not changed and arm != BASE]
+    return [f"These edits changed no position at all: {', '.join(names)}."] if names else []
