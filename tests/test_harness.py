@@ -210,6 +210,34 @@ def test_a_group_is_scored_together_and_a_longer_limit_begins_with_a_shorter(fol
     assert {document["id"] for document in few} < {document["id"] for document in more}
 
 
+SHUFFLES = """
+import json
+import pathlib
+import random
+
+import datasets
+
+
+def rows(**_):
+    found = [json.loads(line) for line in pathlib.Path({file!r}).read_text().splitlines()]
+    random.shuffle(found)
+    return {{"train": datasets.Dataset.from_list(found), "test": datasets.Dataset.from_list(found)}}
+"""
+
+
+def test_what_a_task_draws_while_it_loads_does_not_depend_on_what_was_loaded_before(tmp_path: Path) -> None:
+    folder = harness_tasks.write(tmp_path / "tasks", count=12)
+    (folder / "shuffles.py").write_text(SHUFFLES.format(file=str(folder / f"{CHOICES}_test.jsonl")))
+    for name in (CHOICES, f"{CHOICES}_again"):
+        text = (folder / f"{name}.yaml").read_text()
+        (folder / f"{name}.yaml").write_text(f"{text}custom_dataset: !function shuffles.rows\n")
+    orders = []
+    for names in ([CHOICES], [f"{CHOICES}_again", CHOICES]):
+        task = harness.load(names, include_path=folder)[-1]
+        orders.append([row["question"] for row in task.parts[CHOICES].eval_docs])
+    assert orders[0] == orders[1]
+
+
 def test_few_shot_examples_are_turns_of_their_own_and_the_same_every_time(folder: Path) -> None:
     model = tiny.chat_model()
     (task,) = harness.load([CHOICES], include_path=folder, num_fewshot=2)

@@ -61,7 +61,7 @@ def load(names: Sequence[str], *, include_path: Path | None = None, num_fewshot:
         raise ValueError(f"--include-path {include_path} is no folder: it holds task files (YAML)")
     with _contained("cpu"):
         manager = _manager(names, include_path)
-        loaded = [task for name in names for task in _load(manager, name)]
+    loaded = [task for name in names for task in _load(manager, name)]
     for task in loaded:
         for part in task.parts.values():
             _check(part)
@@ -152,7 +152,9 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
 
 def _load(manager: Any, name: str) -> list[Task]:
     try:
-        loaded = manager.load([name])
+        # Seeds of its own: what a task draws while it is loaded is the same whatever was loaded before.
+        with _contained("cpu"):
+            loaded = manager.load([name])
     except Exception as error:  # a task's files may fail in any way, its data by any library's own error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the task {name} cannot be loaded: {reason}") from error
