@@ -210,6 +210,17 @@ def test_a_group_is_scored_together_and_a_longer_limit_begins_with_a_shorter(fol
     assert {document["id"] for document in few} < {document["id"] for document in more}
 
 
+def test_a_group_that_weights_its_tasks_alike_is_its_tasks(tmp_path: Path) -> None:
+    folder = harness_tasks.write(tmp_path / "tasks")
+    text = (folder / f"{GROUP}.yaml").read_text()
+    entry = "  - {metric: acc, weight_by_size: true}\n"
+    assert entry in text
+    (folder / f"{GROUP}.yaml").write_text(
+        text.replace(entry, f"{entry}  - {{metric: acc_norm, weight_by_size: false}}\n")
+    )
+    assert [task.name for task in harness.load([GROUP], include_path=folder)] == [CHOICES, f"{CHOICES}_again"]
+
+
 SHUFFLES = """
 import json
 import pathlib

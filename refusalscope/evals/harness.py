@@ -53,6 +53,7 @@ def package_version() -> str:
 def load(names: Sequence[str], *, include_path: Path | None = None, num_fewshot: int | None = None) -> list[Task]:
     """The harness's tasks of these names, their data at hand; a tag, or a group without a score, is its tasks.
 
+    So is a group whose score weights any metric by anything but size: over its documents it would be another score.
     `include_path` holds task files of one's own. `num_fewshot` overrides what tasks ask for, but never a 0. Raises
     ValueError, one line, for an unknown name, data that cannot be had, or a task that is not asked as a chat.
     """
@@ -159,7 +160,7 @@ def _load(manager: Any, name: str) -> list[Task]:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the task {name} cannot be loaded: {reason}") from error
     group = loaded["groups"].get(name)
-    if group is not None and group.has_aggregation:
+    if group is not None and group.has_aggregation and all(one.weight_by_size for one in group.aggregate_metric_list):
         return [Task(name, loaded["tasks"])]
     return [Task(own, {own: part}) for own, part in loaded["tasks"].items()]
 
