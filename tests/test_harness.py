@@ -547,6 +547,16 @@ def test_a_run_that_has_not_come_so_far_is_told_what_to_do(finished: Path, tmp_p
     assert "has no features/strengths.json yet: let `refusalscope benchmark`" in err
 
 
+def test_a_sweep_is_told_to_run_its_choice_first(finished: Path, tmp_path: Path) -> None:
+    run = _copy(finished, tmp_path)
+    options = (run / "options.toml").read_text()
+    kept = [line for line in options.splitlines() if not line.startswith("k = ")]
+    (run / "options.toml").write_text("\n".join(["sizes = [5]", *kept]))
+    code, out, err = invoke("capability", str(run))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "is a sweep, which answers no test prompts" in err
+
+
 def _scored(parts: int, values: list[float | None]) -> dict[str, Any]:
     documents = [
         {"id": f"{part}/{at}", "part": f"part-{part}", "values": {"acc": [value], "several": [value, value]}}

@@ -30,6 +30,7 @@ from refusalscope.pipeline.measure import (
     write_report,
 )
 from refusalscope.pipeline.select import Chosen, read_chosen
+from refusalscope.pipeline.sweep import CHOSEN
 from refusalscope.studies import capability as study
 from refusalscope.studies.benchmark import BASE, Arm
 
@@ -69,7 +70,13 @@ def reopened(folder: Path, progress: Progress = lambda *_: None) -> Job:
     """The job of a run folder, with the options that made it. Raises ValueError, one line, where there is none."""
     if not (folder / run_options.RUN_FILE).is_file():
         raise ValueError(f"{folder} is no run folder: make one with `refusalscope run MODEL`")
-    return Job(run_options.make({}, folder / run_options.RUN_FILE), folder, progress)
+    file = folder / run_options.RUN_FILE
+    if run_options.read_toml(file).get("sizes") is not None:
+        raise ValueError(
+            f"{folder} is a sweep, which answers no test prompts: repeat its command with --choose, then "
+            f"`refusalscope run --config {folder / CHOSEN}`, and name the folder of that run"
+        )
+    return Job(run_options.make({}, file), folder, progress)
 
 
 def run_capability(job: Job, wanted: Wanted) -> str:
