@@ -281,7 +281,10 @@ def capability(
     run: Annotated[Path, typer.Argument(help="A run folder, at least up to `refusalscope benchmark`.")],
     tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness: arc_challenge,gsm8k,...")] = "",
     methods: Annotated[
-        str | None, typer.Option(help="Edits of the run: base,direction,cosine,... (default: all but random)")
+        str | None,
+        typer.Option(
+            help="Edits: base,direction,cosine,... or one as 'cosine set v=1 k=5'. (default: all but random and set)"
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task. (default: all)")] = None,
     num_fewshot: Annotated[

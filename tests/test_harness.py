@@ -500,6 +500,20 @@ def test_edits_that_changed_nothing_are_named(finished: Path, folder: Path, tmp_
     assert f"These edits changed no position at all: {', '.join(names)}." in caveats
 
 
+def test_inductions_are_measured_when_named(finished: Path, folder: Path, tmp_path: Path) -> None:
+    run = _copy(finished, tmp_path)
+    tasks = ("--tasks", CHOICES, "--include-path", str(folder), "--limit", "3")
+    code, _, err = invoke("capability", str(run), *tasks, "--methods", "cosine+attribution set v=1 k=5")
+    assert code == 0, err
+    rows = Store(run).read("findings/capability.json", Finding).rows
+    named = {row.dataset for row in rows if (row.method, row.setting) == ("cosine+attribution", "set v=1 k=5")}
+    assert named == {CHOICES, "harmless"}
+    with closing(measuring.reopened(run)) as job:
+        known = measuring.read_standing(job).arms
+    for methods in (None, ["cosine+attribution"]):
+        assert not [arm for arm in measuring.wanted_arms(known, methods) if arm.setting.startswith("set ")]
+
+
 def test_memory_that_runs_out_in_one_task_leaves_the_others_as_they_are(
     finished: Path, folder: Path, tmp_path: Path
 ) -> None:

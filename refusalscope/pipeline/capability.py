@@ -24,6 +24,7 @@ from refusalscope.pipeline.measure import (
     answers_key,
     arms,
     cost_key,
+    inductions,
     judged_key,
     keep_finding,
     slices_of,
@@ -48,7 +49,7 @@ class Wanted:
 
     tasks: tuple[str, ...] = ()
     methods: tuple[str, ...] | None = None
-    """Methods or single edits of the run; None: all but random ones."""
+    """Methods or single edits of the run; None: all but random ones. Inductions only as single edits."""
     limit: int | None = None
     """Documents of each task, from its first; None: all."""
     num_fewshot: int | None = None
@@ -109,24 +110,34 @@ def read_standing(job: Job) -> Standing:
             )
     chosen = read_chosen(job.store)
     factors = job.store.read(STRENGTHS, dict)
-    return Standing(chosen, [BASE, *arms(job.store.read("direction.safetensors", Direction), chosen.sets, factors)])
+    grid = arms(job.store.read("direction.safetensors", Direction), chosen.sets, factors)
+    return Standing(chosen, [BASE, *grid, *inductions(job, chosen)])
 
 
 def wanted_arms(known: Sequence[Arm], methods: Sequence[str] | None) -> list[Arm]:
     """The arms of these methods, or of these labels, in the run's order; the unedited model is always among them.
 
+    Those that set features to a value are taken by label alone.
+
     Raises ValueError, one line that says what there is, for a name that the run does not know.
     """
     names = dict.fromkeys(arm.method for arm in known)
     if methods is None:
-        return [arm for arm in known if arm.method != "random"]
+        return [arm for arm in known if arm.method != "random" and not _induces(arm)]
     labels = {arm.label for arm in known}
     if unknown := [name for name in methods if name not in names and name not in labels]:
         raise ValueError(
             f"--methods {unknown[0]!r}: this run has {', '.join(names)}; of several edits of one method name one as in "
             f"{max(labels)!r}"
         )
-    return [arm for arm in known if arm is BASE or arm.method in methods or arm.label in methods]
+    return [
+        arm for arm in known if arm is BASE or arm.label in methods or (arm.method in methods and not _induces(arm))
+    ]
+
+
+def _induces(arm: Arm) -> bool:
+    """Whether it sets features to a value: made to induce refusal, at a range of values, so measured by name alone."""
+    return arm.setting.startswith("set ")
 
 
 def summarise(job: Job, standing: Standing, chosen: Sequence[Arm]) -> Finding:

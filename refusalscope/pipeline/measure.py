@@ -37,7 +37,7 @@ def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
     unedited = make_answers(job, datasets[harmless], benchmark.BASE, {})
     judged = partial(make_judged, job, fitted, chosen, cut_off_counts=rules.ordinarily_ends(unedited))
     arms, tried = _strengths(job, fitted, chosen, judged, validation)
-    pairs = [*_grid(arms, datasets), *((arm, harmless) for arm in _inductions(job, chosen))]
+    pairs = [*_grid(arms, datasets), *((arm, harmless) for arm in inductions(job, chosen))]
     answered = []
     for done, (arm, dataset) in enumerate(pairs):
         job.progress(f"answering {dataset}: {arm.label}", done, len(pairs))
@@ -193,7 +193,7 @@ def arms(direction: Direction, sets: Mapping[str, FeatureSet], factors: Mapping[
     return made
 
 
-def _inductions(job: Job, chosen: Chosen) -> list[Arm]:
+def inductions(job: Job, chosen: Chosen) -> list[Arm]:
     """Every set held at a range of values: all of them under --full, else the first alone."""
     names = [name for name in chosen.sets if not name.startswith("random-")]
     wanted = names if job.options.full else names[:1]
