@@ -284,7 +284,10 @@ def capability(
     run: Annotated[Path, typer.Argument(help="A run folder, at least up to `refusalscope benchmark`.")],
     tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness: arc_challenge,gsm8k,...")] = "",
     methods: Annotated[
-        str | None, typer.Option(help="Edits of the run: base,direction,cosine,... (default: all but random)")
+        str | None,
+        typer.Option(
+            help="Edits: base,direction,cosine,... or one as 'cosine set v=1 k=5'. (default: all but random and set)"
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task. (default: all)")] = None,
     num_fewshot: Annotated[
@@ -307,11 +310,9 @@ def capability(
 
         transformers_logging.disable_progress_bar()
         names = None if methods is None else split(methods)
-        wanted = measuring.Wanted(split(tasks), names, limit, num_fewshot, include_path, documents)
+        wanted = measuring.Wanted(split(tasks), names, limit, num_fewshot, include_path, documents, batch_size)
         with closing(measuring.reopened(run, progress)) as job:
-            if batch_size is not None:
-                job.resize(measuring.STAGE, batch_size)
-            print(run / job.run(lambda job: measuring.run_capability(job, wanted)))
+            print(run / measuring.run_capability(job, wanted))
 
 
 def split(text: str) -> tuple[str, ...]:

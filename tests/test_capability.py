@@ -1,5 +1,6 @@
 """Costs equal transformers' own loss; an edit that does nothing costs nothing; SAE health equals its definition."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,10 @@ def test_cross_entropy_of_documents_equals_transformers_loss(model: ChatModel, a
 def test_padding_and_batch_size_do_not_change_the_cross_entropy_of_documents(model: ChatModel) -> None:
     rows, removal = tiny.prompts("documents", DOCUMENTS), RemoveDirection(tiny.direction(), affine=True)
     one, many = (capability.document_cost(model, rows, removal, batch_size=size) for size in (1, 4))
-    assert (one.document_ids, one.tokens) == (many.document_ids, many.tokens)
+    assert (one.document_ids, one.tokens, one.changed) == (many.document_ids, many.tokens, many.changed)
+    assert one.changed > capability.document_cost(model, rows, None, batch_size=4).changed == 0
+    halves = [capability.document_cost(model, part, removal, batch_size=2) for part in (rows[:2], rows[2:])]
+    assert capability.joined(halves).changed == one.changed
     assert one.cross_entropy == pytest.approx(many.cross_entropy, abs=1e-5)
 
 
@@ -230,6 +234,25 @@ def test_documents_come_from_a_file(tmp_path: Path) -> None:
         rows = documents.read(documents.source(str(tmp_path / name)))
         assert [row.text for row in rows] == ["one line", "another"]
         assert rows[0].source == name
+
+
+def test_blank_texts_do_not_count_among_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "COUNT", 2)
+    texts = ["", " ", "\n", "first", "", "second", "third"]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for where in (tmp_path / "train.jsonl", documents.HubColumn(str(tmp_path), "main", "text")):
+        assert [row.text for row in documents.read(where)] == ["first", "second"]
+
+
+def test_the_identity_of_documents_says_how_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, table, loud = (tmp_path / name for name in ("a.txt", "a.jsonl", "b.TXT"))
+    for file in (lines, table, loud):
+        file.write_text('{"text": "one line"}\n')
+    assert documents.identity(lines) == documents.identity(loud) != documents.identity(table)
+    sources = (lines, documents.HubColumn("owner/name", "3f2a", "text"))
+    before = [documents.identity(where) for where in sources]
+    monkeypatch.setattr(documents, "COUNT", 7)
+    assert not set(before) & {documents.identity(where) for where in sources}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from refusalscope.core.store import Store
+from refusalscope.core.store import Store, to_json
 from refusalscope.core.types import Feature, FeatureSet, Finding, SaeSlice
 from refusalscope.evals import harness
+from refusalscope.inputs import documents
 from refusalscope.inputs.chat import ChatModel
 from refusalscope.inputs.saes import SaeBank
 from refusalscope.inputs.template import ChatStyle
@@ -32,7 +34,9 @@ from refusalscope.mechanism.interventions import (
     ScaleFeatures,
     SetFeatures,
 )
+from refusalscope.pipeline import capability as measuring
 from refusalscope.report.capability import cost_table
+from refusalscope.studies import benchmark
 from refusalscope.studies import capability as study
 from refusalscope.testbed import shipped
 from tests import chat_templates, harness_tasks, tiny
@@ -159,9 +163,13 @@ def test_answers_are_those_the_run_itself_would_give(testbed: ChatModel, folder:
     assert sum(value["exact_match:flexible-extract"][0] for value in values) >= 3
 
 
+def _slices() -> dict[int, SaeSlice]:
+    return SaeBank.from_folders({3: shipped.ASSETS / "saes/layer_3"}, identity="testbed").slices(SET.by_layer())
+
+
 @pytest.fixture(scope="module")
 def slices() -> dict[int, SaeSlice]:
-    return SaeBank.from_folders({3: shipped.ASSETS / "saes/layer_3"}, identity="testbed").slices(SET.by_layer())
+    return _slices()
 
 
 def _accuracy(measured: dict, metric: str) -> float:
@@ -179,6 +187,7 @@ def test_an_edit_that_does_nothing_leaves_every_bit_and_another_costs_accuracy(
         for edit in (None, ScaleFeatures(SET, 1.0), SetFeatures(SET, 20.0))
     )
     assert same == plain
+    assert plain["changed"] == 0 < edited["changed"]
     assert [d["id"] for d in edited["documents"]] == [d["id"] for d in plain["documents"]]
     assert all(a["responses"] != b["responses"] for a, b in zip(edited["documents"], plain["documents"], strict=True))
     assert _accuracy(plain, metric) > 0.7 > 0.6 > _accuracy(edited, metric)
@@ -199,6 +208,45 @@ def test_a_group_is_scored_together_and_a_longer_limit_begins_with_a_shorter(fol
     few, more = (harness.measure(model, group, None, batch_size=8, limit=limit)["documents"] for limit in (2, 3))
     assert [document["part"] for document in few] == [CHOICES] * 2 + [f"{CHOICES}_again"] * 2
     assert {document["id"] for document in few} < {document["id"] for document in more}
+
+
+def test_a_group_that_weights_its_tasks_alike_is_its_tasks(tmp_path: Path) -> None:
+    folder = harness_tasks.write(tmp_path / "tasks")
+    text = (folder / f"{GROUP}.yaml").read_text()
+    entry = "  - {metric: acc, weight_by_size: true}\n"
+    assert entry in text
+    (folder / f"{GROUP}.yaml").write_text(
+        text.replace(entry, f"{entry}  - {{metric: acc_norm, weight_by_size: false}}\n")
+    )
+    assert [task.name for task in harness.load([GROUP], include_path=folder)] == [CHOICES, f"{CHOICES}_again"]
+
+
+SHUFFLES = """
+import json
+import pathlib
+import random
+
+import datasets
+
+
+def rows(**_):
+    found = [json.loads(line) for line in pathlib.Path({file!r}).read_text().splitlines()]
+    random.shuffle(found)
+    return {{"train": datasets.Dataset.from_list(found), "test": datasets.Dataset.from_list(found)}}
+"""
+
+
+def test_what_a_task_draws_while_it_loads_does_not_depend_on_what_was_loaded_before(tmp_path: Path) -> None:
+    folder = harness_tasks.write(tmp_path / "tasks", count=12)
+    (folder / "shuffles.py").write_text(SHUFFLES.format(file=str(folder / f"{CHOICES}_test.jsonl")))
+    for name in (CHOICES, f"{CHOICES}_again"):
+        text = (folder / f"{name}.yaml").read_text()
+        (folder / f"{name}.yaml").write_text(f"{text}custom_dataset: !function shuffles.rows\n")
+    orders = []
+    for names in ([CHOICES], [f"{CHOICES}_again", CHOICES]):
+        task = harness.load(names, include_path=folder)[-1]
+        orders.append([row["question"] for row in task.parts[CHOICES].eval_docs])
+    assert orders[0] == orders[1]
 
 
 def test_few_shot_examples_are_turns_of_their_own_and_the_same_every_time(folder: Path) -> None:
@@ -360,10 +408,10 @@ def test_local_tasks_and_costs_under_every_method(finished: Path) -> None:
 
 def test_what_the_run_measured_itself_is_said_as_it_is(finished: Path) -> None:
     store = Store(finished)
-    benchmark, capability = (store.read(f"findings/{name}.json", Finding) for name in ("benchmark", "capability"))
+    measured, capability = (store.read(f"findings/{name}.json", Finding) for name in ("benchmark", "capability"))
     for method, setting in EDITS - {("base", "")}:
         for metric in ("cross_entropy_change", "kl", "refused"):
-            first, second = (found.find("harmless", method, metric, setting) for found in (benchmark, capability))
+            first, second = (found.find("harmless", method, metric, setting) for found in (measured, capability))
             assert first is not None
             assert second is not None
             assert second.estimate == pytest.approx(first.estimate, abs=1e-6)
@@ -402,7 +450,92 @@ def test_only_what_was_measured_alike_is_compared(finished: Path, folder: Path, 
     assert again == {("base", ""), ("direction", "remove"), ("cosine", "scale c=0 k=5")}
     assert {row.n for row in rows if row.dataset == CHOICES} == {2}
     assert {(row.method, row.setting) for row in rows if row.dataset == ANSWERS} == EDITS
-    assert "capability = 2" in (run / "options.toml").read_text()
+    assert f'"capability {CHOICES}" = 2' in (run / "options.toml").read_text()
+
+
+@pytest.mark.parametrize("by", ["version", "edit"])
+def test_what_another_version_or_another_edit_made_is_left_out_and_named(
+    finished: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    run = _copy(finished, tmp_path)
+    if by == "version":
+        monkeypatch.setattr("refusalscope.pipeline.job.versions", lambda: {"refusalscope": "another"})
+    else:
+        store = Store(run)
+        entries = store.read("manifest.json", dict)
+        for path in (f"capability/{ANSWERS}", "costs/documents", "costs/harmless"):
+            entries[f"{path}/cosine scale c=0 k=5.json"]["key"] = "of another set"
+        entries["responses/look-alike/cosine scale c=0 k=5.jsonl"]["key"] = "of another set"
+        (run / "manifest.json").write_bytes(to_json(entries))
+    with closing(measuring.reopened(run)) as job:
+        standing = measuring.read_standing(job)
+        finding = measuring.summarise(job, standing, standing.arms)
+    named = finding.caveats[-1]
+    assert named.startswith("Left out, since other versions, edits or settings made them than are compared here: ")
+    if by == "version":
+        assert finding.rows == ()
+        assert f"capability/{CHOICES}/base, " in named
+        return
+    cosine = {(row.dataset, row.metric) for row in finding.rows if row.method == "cosine"}
+    metrics = {"acc", "acc_norm", "acc_change", "acc_norm_change"}
+    assert cosine == {(CHOICES, one) for one in metrics} | {("harmless", "refused"), ("harmless", "refused_change")}
+    assert {row.method for row in finding.rows if row.dataset == ANSWERS} >= {"base", "direction"}
+    assert named.count("/cosine scale c=0 k=5") == 4
+
+
+def test_edits_that_changed_nothing_are_named(finished: Path, folder: Path, tmp_path: Path) -> None:
+    run = _copy(finished, tmp_path)
+    assert not [note for note in Store(run).read("findings/capability.json", Finding).caveats if "no position" in note]
+    texts = documents.source(str(finished.parent / "texts.txt"))
+    with closing(measuring.reopened(run)) as job:
+        standing = measuring.read_standing(job)
+        idle = benchmark.scale_arm(SET, 1.0)
+        standing = standing._replace(arms=[benchmark.BASE, idle], chosen=replace(standing.chosen, slices=_slices()))
+        tasks = harness.load([CHOICES], include_path=folder)
+        wanted = measuring.Wanted((CHOICES,), limit=3, include_path=folder)
+        measuring._measure_tasks(job, standing, standing.arms, wanted, tasks)
+        measuring._measure_documents(job, standing, standing.arms, texts)
+        caveats = measuring.summarise(job, standing, standing.arms).caveats
+    names = [f"test scale c=1 k=60 on {name}" for name in (CHOICES, "documents")]
+    assert f"These edits changed no position at all: {', '.join(names)}." in caveats
+
+
+def test_inductions_are_measured_when_named(finished: Path, folder: Path, tmp_path: Path) -> None:
+    run = _copy(finished, tmp_path)
+    tasks = ("--tasks", CHOICES, "--include-path", str(folder), "--limit", "3")
+    code, _, err = invoke("capability", str(run), *tasks, "--methods", "cosine+attribution set v=1 k=5")
+    assert code == 0, err
+    rows = Store(run).read("findings/capability.json", Finding).rows
+    named = {row.dataset for row in rows if (row.method, row.setting) == ("cosine+attribution", "set v=1 k=5")}
+    assert named == {CHOICES, "harmless"}
+    with closing(measuring.reopened(run)) as job:
+        known = measuring.read_standing(job).arms
+    for methods in (None, ["cosine+attribution"]):
+        assert not [arm for arm in measuring.wanted_arms(known, methods) if arm.setting.startswith("set ")]
+
+
+def test_memory_that_runs_out_in_one_task_leaves_the_others_as_they_are(
+    finished: Path, folder: Path, tmp_path: Path
+) -> None:
+    run = _copy(finished, tmp_path)
+    before = {file: file.read_bytes() for file in (run / "capability" / CHOICES).iterdir()}
+    full = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")]
+
+    def progress(step: str, *_: int) -> None:
+        if step.startswith(f"{ANSWERS} under base") and full:
+            raise full.pop()
+
+    wanted = measuring.Wanted((CHOICES, ANSWERS), limit=3, include_path=folder, batch_size=4)
+    with closing(measuring.reopened(run, progress)) as job:
+        size = job.derived["batch_size"]
+        job.resize(f"capability {CHOICES}", size)
+        measuring.run_capability(job, replace(wanted, tasks=(ANSWERS,)))
+        assert job.derived["batch_sizes"] == {f"capability {CHOICES}": size, f"capability {ANSWERS}": 2}
+        measuring.run_capability(job, replace(wanted, batch_size=None))
+    assert {file: file.read_bytes() for file in (run / "capability" / CHOICES).iterdir()} == before
+    rows = Store(run).read("findings/capability.json", Finding).rows
+    assert {row.dataset for row in rows} >= {CHOICES, ANSWERS, "documents"}
+    assert {(row.method, row.setting) for row in rows if row.dataset == CHOICES} == EDITS
 
 
 @pytest.mark.parametrize(
@@ -426,6 +559,16 @@ def test_a_run_that_has_not_come_so_far_is_told_what_to_do(finished: Path, tmp_p
     code, _, err = invoke("capability", str(run))
     assert (code, err.count("\n")) == (2, 1)
     assert "has no features/strengths.json yet: let `refusalscope benchmark`" in err
+
+
+def test_a_sweep_is_told_to_run_its_choice_first(finished: Path, tmp_path: Path) -> None:
+    run = _copy(finished, tmp_path)
+    options = (run / "options.toml").read_text()
+    kept = [line for line in options.splitlines() if not line.startswith("k = ")]
+    (run / "options.toml").write_text("\n".join(["sizes = [5]", *kept]))
+    code, out, err = invoke("capability", str(run))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "is a sweep, which answers no test prompts" in err
 
 
 def _scored(parts: int, values: list[float | None]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ All forward passes of a comparison see the same tokens; logits are computed at s
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -51,6 +51,8 @@ class DocumentCost(NamedTuple):
     document_ids: list[str]
     tokens: list[int]
     cross_entropy: list[float]
+    changed: int = 0
+    """Positions whose residual the edit really changed, summed over layers; of all documents together."""
 
 
 class LayerHealth(NamedTuple):
@@ -121,21 +123,27 @@ def document_cost(
     """
     check_everywhere(intervention)
     made = DocumentCost([], [], [])
-    edits = editor(intervention, layers=len(model.layers), slices=slices).edits
+    editing = editor(intervention, layers=len(model.layers), slices=slices)
     usable = documents.keep(d.id for d in documents if len(model.template.encode_text(d.text)) > 1)
     for start in range(0, len(usable), batch_size):
         tokens = model.text_tokens(usable[start : start + batch_size], DOCUMENT_TOKENS).to(model.device)
         scored, targets, width = _targets(tokens)
-        logits = model.run(tokens, edits=edits, logits=width).logits.log_softmax(-1)
+        logits = model.run(tokens, edits=editing.edits, logits=width).logits.log_softmax(-1)
         made.document_ids.extend(tokens.prompt_ids)
         made.tokens.extend(scored.sum(1).tolist())
         made.cross_entropy.extend(_means(-_pick(logits, targets), scored))
-    return made
+    return made._replace(changed=editing.changed)
 
 
 def joined(parts: Sequence[Table]) -> Table:
-    """The cost on a data set from those on its batches, in order."""
-    return type(parts[0])(*([item for column in columns for item in column] for columns in zip(*parts, strict=True)))
+    """The cost on a data set from those on its batches, in order; counts of the whole batch are summed."""
+    return type(parts[0])(*(_together(columns) for columns in zip(*parts, strict=True)))
+
+
+def _together(columns: Sequence[Any]) -> Any:
+    if isinstance(columns[0], int):
+        return sum(columns)
+    return [item for column in columns for item in column]
 
 
 def health(

@@ -53,6 +53,7 @@ def package_version() -> str:
 def load(names: Sequence[str], *, include_path: Path | None = None, num_fewshot: int | None = None) -> list[Task]:
     """The harness's tasks of these names, their data at hand; a tag, or a group without a score, is its tasks.
 
+    So is a group whose score weights any metric by anything but size: over its documents it would be another score.
     `include_path` holds task files of one's own. `num_fewshot` overrides what tasks ask for, but never a 0. Raises
     ValueError, one line, for an unknown name, data that cannot be had, or a task that is not asked as a chat.
     """
@@ -61,7 +62,7 @@ def load(names: Sequence[str], *, include_path: Path | None = None, num_fewshot:
         raise ValueError(f"--include-path {include_path} is no folder: it holds task files (YAML)")
     with _contained("cpu"):
         manager = _manager(names, include_path)
-        loaded = [task for name in names for task in _load(manager, name)]
+    loaded = [task for name in names for task in _load(manager, name)]
     for task in loaded:
         for part in task.parts.values():
             _check(part)
@@ -88,6 +89,7 @@ def measure(
     `documents`: of every document (the first `limit` of each part) its `id`, the `part` it is of, each metric's
     `values` (one number, or several) and the `responses`: log-likelihoods in nats, or texts. `left_out`: metrics that
     have no value per document. `shortened`: requests longer than the model's context, which lost their beginning.
+    `changed`: positions whose residual the edit really changed, summed over layers and requests.
     Raises ValueError, one line, for an intervention that needs a chat's roles or prompts.
     """
     from lm_eval.evaluator import evaluate
@@ -95,7 +97,7 @@ def measure(
     from refusalscope.evals.harness_model import HarnessModel
 
     check_everywhere(intervention)
-    edits = editor(intervention, layers=len(model.layers), slices=slices).edits
+    made = editor(intervention, layers=len(model.layers), slices=slices)
     asks_for_text = all(part.OUTPUT_TYPE == ANSWERED for part in task.parts.values())
     with _contained(model.device) as stderr:
         wrapped = HarnessModel(model, batch_size=batch_size, stderr=stderr, progress=progress)
@@ -103,7 +105,7 @@ def measure(
         for part in task.parts.values():
             _check_room(part, wrapped)
             part.set_fewshot_seed(seed=SEED)
-        with model.edited(edits):
+        with model.edited(made.edits):
             found: Any = evaluate(
                 lm=wrapped,
                 task_dict={"tasks": dict(task.parts), "groups": {}},
@@ -114,7 +116,13 @@ def measure(
                 fewshot_as_multiturn=True,
             )
     documents, left_out = _documents(task, found["samples"])
-    return {"task": task.name, "documents": documents, "left_out": left_out, "shortened": wrapped.shortened}
+    return {
+        "task": task.name,
+        "documents": documents,
+        "left_out": left_out,
+        "shortened": wrapped.shortened,
+        "changed": made.changed,
+    }
 
 
 def digest(folder: Path | None) -> str:
@@ -145,12 +153,14 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
 
 def _load(manager: Any, name: str) -> list[Task]:
     try:
-        loaded = manager.load([name])
+        # Seeds of its own: what a task draws while it is loaded is the same whatever was loaded before.
+        with _contained("cpu"):
+            loaded = manager.load([name])
     except Exception as error:  # a task's files may fail in any way, its data by any library's own error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the task {name} cannot be loaded: {reason}") from error
     group = loaded["groups"].get(name)
-    if group is not None and group.has_aggregation:
+    if group is not None and group.has_aggregation and all(one.weight_by_size for one in group.aggregate_metric_list):
         return [Task(name, loaded["tasks"])]
     return [Task(own, {own: part}) for own, part in loaded["tasks"].items()]
 

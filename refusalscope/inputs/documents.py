@@ -1,6 +1,7 @@
 """Texts that cross-entropy is measured on: a file of one's own, or a data set of the hub at a named revision."""
 
 import hashlib
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from refusalscope.core.types import Prompt, Prompts
 from refusalscope.inputs.tables import read_table, read_text
 
 COUNT = 1000
-"""How many documents are read, from the first."""
+"""How many documents are read at most, from the first that is not blank."""
 SPELLING = (
     "write a .txt, .jsonl, .json or .csv file, or owner/name@revision:column of a data set on the Hugging Face hub"
 )
@@ -39,8 +40,10 @@ def source(text: str) -> Path | HubColumn:
 
 
 def identity(where: Path | HubColumn) -> str:
-    """What a cache key needs to know of a source: a file's content, a data set's revision."""
-    return hashlib.sha256(where.read_bytes()).hexdigest() if isinstance(where, Path) else "@".join(where)
+    """What a cache key needs to know of a source: a file's content and ending, a data set's revision, `COUNT`."""
+    if isinstance(where, Path):
+        return f"{hashlib.sha256(where.read_bytes()).hexdigest()}{where.suffix.lower()} {COUNT}"
+    return f"{'@'.join(where)} {COUNT}"
 
 
 def read(where: Path | HubColumn) -> Prompts:
@@ -50,30 +53,33 @@ def read(where: Path | HubColumn) -> Prompts:
     """
     texts = _from_file(where) if isinstance(where, Path) else _from_hub(where)
     origin = where.name if isinstance(where, Path) else f"{where.repository}@{where.revision}"
-    kept = [text for text in texts if text.strip()][:COUNT]
+    kept = list(islice((text for text in texts if text.strip()), COUNT))
     if not kept:
         raise ValueError(f"--documents {where}: no text is in it")
     rows = (Prompt(f"document-{at}", text, "harmless", source=origin) for at, text in enumerate(kept))
     return Prompts("documents", tuple(rows))
 
 
-def _from_file(file: Path) -> list[str]:
+def _from_file(file: Path) -> Iterator[str]:
     if file.suffix.lower() == ".txt":
-        return read_text(file).split("\n")
-    return [_text(row.values, "text", f"{file}, {row.place}") for row in read_table(file)]
+        yield from read_text(file).split("\n")
+    else:
+        yield from (_text(row.values, "text", f"{file}, {row.place}") for row in read_table(file))
 
 
-def _from_hub(where: HubColumn) -> list[str]:
+def _from_hub(where: HubColumn) -> Iterator[str]:
+    return (_text(row, where.column, where.repository) for row in _hub_rows(where))
+
+
+def _hub_rows(where: HubColumn) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
         # Streamed: of a large data set only what is read is downloaded.
-        rows = load_dataset(where.repository, revision=where.revision, split="train", streaming=True)
-        found = list(islice(rows, COUNT))
+        yield from load_dataset(where.repository, revision=where.revision, split="train", streaming=True)
     except Exception as error:  # the network's, the hub's and the file formats' own errors
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"--documents {where.repository}@{where.revision} cannot be read: {reason}") from error
-    return [_text(row, where.column, where.repository) for row in found]
 
 
 def _text(row: dict[str, Any], column: str, place: str) -> str:

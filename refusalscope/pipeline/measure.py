@@ -37,7 +37,7 @@ def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
     unedited = make_answers(job, datasets[harmless], benchmark.BASE, {})
     judged = partial(make_judged, job, fitted, chosen, cut_off_counts=rules.ordinarily_ends(unedited))
     arms, tried = _strengths(job, fitted, chosen, judged, validation)
-    pairs = [*_grid(arms, datasets), *((arm, harmless) for arm in _inductions(job, chosen))]
+    pairs = [*_grid(arms, datasets), *((arm, harmless) for arm in inductions(job, chosen))]
     answered = []
     for done, (arm, dataset) in enumerate(pairs):
         job.progress(f"answering {dataset}: {arm.label}", done, len(pairs))
@@ -193,7 +193,7 @@ def arms(direction: Direction, sets: Mapping[str, FeatureSet], factors: Mapping[
     return made
 
 
-def _inductions(job: Job, chosen: Chosen) -> list[Arm]:
+def inductions(job: Job, chosen: Chosen) -> list[Arm]:
     """Every set held at a range of values: all of them under --full, else the first alone."""
     names = [name for name in chosen.sets if not name.startswith("random-")]
     wanted = names if job.options.full else names[:1]
@@ -220,6 +220,18 @@ def slices_of(chosen: Chosen, arm: Arm) -> dict[int, SaeSlice]:
     return {layer: chosen.slices[layer].take(wanted) for layer, wanted in needed_features(arm.intervention).items()}
 
 
+def answers_key(job: Job, rows: Prompts, arm: Arm) -> str:
+    return job.key("answer", rows, arm, job.max_new_tokens)
+
+
+def judged_key(job: Job, rows: Prompts, answers: Responses, tokens: Sequence[int], *, cut_off_counts: bool) -> str:
+    return job.key("judge", rows, answers, tokens, cut_off_counts)
+
+
+def cost_key(job: Job, rows: Prompts, unedited: Responses, arm: Arm) -> str:
+    return job.key("cost", rows, arm, unedited, capability.KL_TOKENS)
+
+
 def make_answers(job: Job, rows: Prompts, arm: Arm, slices: Mapping[int, SaeSlice]) -> Responses:
     """What the model answers, before any judge has seen it.
 
@@ -228,7 +240,7 @@ def make_answers(job: Job, rows: Prompts, arm: Arm, slices: Mapping[int, SaeSlic
     return job.in_batches(
         "answer",
         f"answers/{rows.name}/{arm.label}.jsonl",
-        key=job.key("answer", rows, arm, job.max_new_tokens),
+        key=answers_key(job, rows, arm),
         rows=rows,
         kind=Responses,
         make=lambda batch: benchmark.answer(
@@ -245,7 +257,7 @@ def make_judged(
     tokens = fitted.direction.refusal_tokens
     return job.store.get(
         f"responses/{rows.name}/{arm.label}.jsonl",
-        job.key("judge", rows, answers, tokens, cut_off_counts),
+        judged_key(job, rows, answers, tokens, cut_off_counts=cut_off_counts),
         Responses,
         lambda: rules.judge(rows, answers, refusal_tokens=tokens, cut_off_counts=cut_off_counts),
     )
@@ -257,7 +269,7 @@ def make_cost(job: Job, chosen: Chosen, rows: Prompts, unedited: Responses, arm:
     made = job.in_batches(
         "cost",
         f"costs/{rows.name}/{arm.label}.json",
-        key=job.key("cost", rows, arm, unedited, capability.KL_TOKENS),
+        key=cost_key(job, rows, unedited, arm),
         rows=rows,
         kind=dict,
         make=lambda batch: capability.cost(
