@@ -253,7 +253,7 @@ def judge(
         from refusalscope.core.store import Store
         from refusalscope.pipeline import judge as judging
 
-        if not judges and labels is None:
+        if not set(judges or ()) - {judging.NO_JUDGE} and labels is None:
             raise ValueError("nothing to judge by: name a judge with --judge, or a person's labels with --labels")
         # Its bars for loading weights would run into ours.
         transformers_logging.disable_progress_bar()

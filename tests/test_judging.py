@@ -375,7 +375,7 @@ BAD = {
     ("--judge", "nobody"): "nobody",
     (
         "--judge",
-        "none",
+        "phrase",
         "--dataset",
         "harmles",
     ): "--dataset 'harmles' was not answered in this run: did you mean harmless",
@@ -387,6 +387,7 @@ BAD = {
         "rude",
     ): "--judge-question 'rude': choose one of harmful, refused, coherent",
     (): "nothing to judge by: name a judge with --judge",
+    ("--judge", "none"): "nothing to judge by: name a judge with --judge",
 }
 
 
