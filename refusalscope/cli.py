@@ -134,8 +134,6 @@ def drive(
     judging: dict[str, Any],
 ) -> None:
     """Make the options and the job, run the chain, have the answers judged, print where the result lies."""
-    from transformers.utils import logging as transformers_logging
-
     from refusalscope.pipeline import chains, judge, options
     from refusalscope.pipeline.job import Job
 
@@ -149,8 +147,7 @@ def drive(
     made = options.make(values, config, defaults=options.SWEEP if sweeps else {})
     names, settings = judge.asked(judging.get("judges", ())), judge_settings(judging)
     settings = judge.check(names, settings)
-    # Its bars for loading weights would run into ours.
-    transformers_logging.disable_progress_bar()
+    no_loading_bars()
     name, runs = folder
     called = Path(made.model).resolve().name + ("-sweep" if sweeps else "")
     with closing(Job(made, runs / (name or called), progress)) as job:
@@ -248,15 +245,12 @@ def judge(
     """Score the answers of a run, adding to what is there; nothing is generated again."""
     said = {key: value for key, value in locals().items() if value is not None}
     with one_clear_line(), progress_bar() as progress:
-        from transformers.utils import logging as transformers_logging
-
         from refusalscope.core.store import Store
         from refusalscope.pipeline import judge as judging
 
         if not set(judges or ()) - {judging.NO_JUDGE} and labels is None:
             raise ValueError("nothing to judge by: name a judge with --judge, or a person's labels with --labels")
-        # Its bars for loading weights would run into ours.
-        transformers_logging.disable_progress_bar()
+        no_loading_bars()
         store, settings = Store(run), judge_settings(said)
         with store.claim:
             left = judging.judge_run(store, judges or [], settings, labels=labels, datasets=datasets, progress=progress)
@@ -304,11 +298,9 @@ def capability(
 ) -> None:
     """Measure what a run's edits cost on tasks and documents, without choosing or answering anything anew."""
     with one_clear_line(), progress_bar() as progress:
-        from transformers.utils import logging as transformers_logging
-
         from refusalscope.pipeline import capability as measuring
 
-        transformers_logging.disable_progress_bar()
+        no_loading_bars()
         names = None if methods is None else split(methods)
         wanted = measuring.Wanted(split(tasks), names, limit, num_fewshot, include_path, documents, batch_size)
         with closing(measuring.reopened(run, progress)) as job:
@@ -376,6 +368,13 @@ def build(
 
         building.build(folder, seed=seed, progress=progress)
         print(folder)
+
+
+def no_loading_bars() -> None:
+    """Bars of transformers would run into ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from refusalscope.core import stats
 from refusalscope.core.stats import Estimate
-from refusalscope.core.types import Row
+from refusalscope.core.types import Responses, Row
 
 UNEDITED = "base"
 """The method that every other is compared with."""
@@ -25,6 +25,11 @@ class Scored(NamedTuple):
     setting: str
     scores: Sequence[float]
     clusters: Sequence[str]
+
+    @classmethod
+    def of(cls, answered: Responses, judge: str, clusters: Sequence[str]) -> "Scored":
+        """What one judge gave to each answer."""
+        return cls(answered.dataset, answered.method, answered.setting, answered.score(judge), clusters)
 
     def row(self, metric: str, estimate: Estimate) -> Row:
         return Row(self.dataset, self.method, metric, self.setting, *estimate)
@@ -107,6 +112,11 @@ def smallest(rows: Sequence[Row], clusters: Mapping[str, int]) -> list[Row]:
         row = Row(dataset, "any", metric, setting, *estimate)
         made.setdefault(f"{row.key()}/{row.n}", row)
     return list(made.values())
+
+
+def untouched(names: Sequence[str]) -> list[str]:
+    """The caveat on edits that did nothing at all; none where there are none."""
+    return [f"These edits changed no position at all: {', '.join(names)}."] if names else []
 
 
 def pooled_setting(setting: str) -> str:

@@ -5,6 +5,7 @@ Weights are loaded by the first request and gone after `release`. Nothing here k
 
 import gc
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -21,22 +22,22 @@ from refusalscope.inputs.loading import choose_device, choose_dtype, end_tokens
 Item = TypeVar("Item")
 
 
-class Local:
-    """An `Engine` on transformers: greedy, left-padded, in batches that halve when memory runs out."""
+class Weights:
+    """What the first request loads and `release` lets go."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str = "auto", dtype: str = "auto", batch_size: int) -> None:
-        if checkpoint.base is not None and find_spec("peft") is None:
-            raise ValueError(
-                f"{checkpoint.name} is an adapter, which needs peft, which is not installed: "
-                "pip install 'refusalscope[judges]'"
-            )
-        self.checkpoint = checkpoint
-        self.device = choose_device(device)
-        self.dtype = _dtype(dtype, self.device)
-        self.batch_size = batch_size
-        self.reader = Reader.load(checkpoint)
-        self.about = {**checkpoint.about, "engine": "transformers", "dtype": _named(self.dtype)}
-        self.model: Any = None
+    model: Any = None
+
+    def release(self) -> None:
+        """Let the weights go; the next request loads them again."""
+        if self.model is not None:
+            self.model = None
+            tidy()
+
+
+class Generator(Weights, ABC):
+    """An `Engine` in this process; which library it runs on is for `_load`, `_batched` and `_generate` to say."""
+
+    reader: Reader
 
     def complete(self, texts: Sequence[str], *, choices: Sequence[str], tokens: int) -> list[Reply]:
         """Continue each text by at most `tokens` tokens. Raises ValueError when the weights cannot be loaded."""
@@ -55,23 +56,51 @@ class Local:
             raise ValueError("a model in this process follows no schema: ask one behind a server")
         return self._replies(chats, self.reader.render, choices, tokens)
 
-    def release(self) -> None:
-        """Let the weights go; the next request loads them again."""
-        if self.model is not None:
-            self.model = None
-            tidy()
-
     def _replies(
         self, items: Sequence[Item], text: Callable[[Item], str], choices: Sequence[str], tokens: int
     ) -> list[Reply]:
         if items and self.model is None:
             self.reader.room(tokens)
-            load = partial(_causal, self.checkpoint, self.reader, self.dtype)
-            self.model = _loaded(load, self.checkpoint, self.device)
+            self.model = self._load()
 
         def answer(part: Sequence[Item]) -> list[Reply]:
             return self._generate([self.reader.encode(text(item), new=tokens) for item in part], choices, tokens)
 
+        return self._batched(items, answer)
+
+    @abstractmethod
+    def _load(self) -> Any:
+        """The weights, ready to be asked. Raises ValueError when they cannot be had."""
+
+    @abstractmethod
+    def _batched(self, items: Sequence[Item], answer: Callable[[Sequence[Item]], list[Reply]]) -> list[Reply]:
+        """A reply per item, asked in as large parts as may be."""
+
+    @abstractmethod
+    def _generate(self, rows: Sequence[list[int]], choices: Sequence[str], tokens: int) -> list[Reply]:
+        """A greedy reply to each row of token ids."""
+
+
+class Local(Generator):
+    """An `Engine` on transformers: greedy, left-padded, in batches that halve when memory runs out."""
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str = "auto", dtype: str = "auto", batch_size: int) -> None:
+        if checkpoint.base is not None and find_spec("peft") is None:
+            raise ValueError(
+                f"{checkpoint.name} is an adapter, which needs peft, which is not installed: "
+                "pip install 'refusalscope[judges]'"
+            )
+        self.checkpoint = checkpoint
+        self.device = choose_device(device)
+        self.dtype = _dtype(dtype, self.device)
+        self.batch_size = batch_size
+        self.reader = Reader.load(checkpoint)
+        self.about = {**checkpoint.about, "engine": "transformers", "dtype": _named(self.dtype)}
+
+    def _load(self) -> Any:
+        return _loaded(partial(_causal, self.checkpoint, self.reader, self.dtype), self.checkpoint, self.device)
+
+    def _batched(self, items: Sequence[Item], answer: Callable[[Sequence[Item]], list[Reply]]) -> list[Reply]:
         replies, self.batch_size = in_batches(items, self.batch_size, answer)
         return replies
 
@@ -103,7 +132,7 @@ class Local:
         ]
 
 
-class Sequences:
+class Sequences(Weights):
     """A sequence classifier on transformers: a text in, a probability per label out."""
 
     def __init__(self, checkpoint: Checkpoint, *, device: str = "auto", dtype: str = "auto", batch_size: int) -> None:
@@ -117,7 +146,6 @@ class Sequences:
         named: Any = AutoConfig.from_pretrained(checkpoint.folder).id2label
         self.labels = [named[at] for at in sorted(named)]
         self.about = {**checkpoint.about, "engine": "transformers", "dtype": _named(self.dtype)}
-        self.model: Any = None
 
     def classify(self, texts: Sequence[str]) -> list[Reply]:
         """The likeliest label of each text and the probabilities of all; over-long texts lose their beginning.
@@ -131,12 +159,6 @@ class Sequences:
             self.model = _loaded(load, self.checkpoint, self.device)
         replies, self.batch_size = in_batches(texts, self.batch_size, self._labelled)
         return replies
-
-    def release(self) -> None:
-        """Let the weights go; the next request loads them again."""
-        if self.model is not None:
-            self.model = None
-            tidy()
 
     @torch.no_grad()
     def _labelled(self, texts: Sequence[str]) -> list[Reply]:

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from refusalscope.evals.checkpoints import Checkpoint, Reader, adapter_folder, first_line
-from refusalscope.evals.engines import Message, Reply
-from refusalscope.evals.local import Item, in_batches, tidy
+from refusalscope.evals.engines import Reply
+from refusalscope.evals.local import Generator, Item, in_batches
 
 TOP = 20
 """Tokens whose probabilities vLLM gives at most, unless it is told otherwise."""
@@ -15,7 +15,7 @@ LONGEST = 16384
 """Tokens that memory is set aside for at most: no exchange is nearly as long, some contexts are."""
 
 
-class Vllm:
+class Vllm(Generator):
     """An `Engine` on vLLM in this process: it makes its own batches; words outside its top tokens count as nothing."""
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: str = "auto") -> None:
@@ -26,41 +26,8 @@ class Vllm:
         self.reader.context = min(self.reader.context, LONGEST)
         self.dtype = "bfloat16" if dtype == "auto" else dtype
         self.about = {**checkpoint.about, "engine": "vllm", "dtype": self.dtype}
-        self.model: Any = None
 
-    def complete(self, texts: Sequence[str], *, choices: Sequence[str], tokens: int) -> list[Reply]:
-        """Continue each text by at most `tokens` tokens. Raises ValueError when the weights cannot be loaded."""
-        return self._replies(texts, str, choices, tokens)
-
-    def converse(
-        self,
-        chats: Sequence[Sequence[Message]],
-        *,
-        choices: Sequence[str],
-        tokens: int,
-        schema: Mapping[str, Any] | None = None,
-    ) -> list[Reply]:
-        """Answer each chat. Raises ValueError for a schema, and when the weights cannot be loaded."""
-        if schema is not None:
-            raise ValueError("a model in this process follows no schema: ask one behind a server")
-        return self._replies(chats, self.reader.render, choices, tokens)
-
-    def release(self) -> None:
-        """Let the engine go; the next request starts it again."""
-        if self.model is not None:
-            self.model = None
-            tidy()
-
-    def _replies(
-        self, items: Sequence[Item], text: Callable[[Item], str], choices: Sequence[str], tokens: int
-    ) -> list[Reply]:
-        if items and self.model is None:
-            self.reader.room(tokens)
-            self.model = self._engine()
-
-        def answer(part: Sequence[Item]) -> list[Reply]:
-            return self._generate([self.reader.encode(text(item), new=tokens) for item in part], choices, tokens)
-
+    def _batched(self, items: Sequence[Item], answer: Callable[[Sequence[Item]], list[Reply]]) -> list[Reply]:
         return in_batches(items, max(1, len(items)), answer)[0]
 
     def _generate(self, rows: Sequence[list[int]], choices: Sequence[str], tokens: int) -> list[Reply]:
@@ -82,7 +49,7 @@ class Vllm:
         }
         return Reply(output.text, shares if any(shares.values()) else {})
 
-    def _engine(self) -> Any:
+    def _load(self) -> Any:
         from vllm import LLM  # type: ignore[reportMissingImports]
 
         base = self.checkpoint.base or self.checkpoint

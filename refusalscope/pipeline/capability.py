@@ -26,7 +26,7 @@ from refusalscope.pipeline.compared import (
     summarise,
 )
 from refusalscope.pipeline.job import Job, Progress
-from refusalscope.pipeline.measure import STRENGTHS, arms, inductions, slices_of, write_report
+from refusalscope.pipeline.measure import STRENGTHS, arms, inductions, rewrite_report, slices_of
 from refusalscope.pipeline.select import read_chosen
 from refusalscope.pipeline.sweep import CHOSEN
 from refusalscope.studies.benchmark import BASE, Arm
@@ -78,7 +78,7 @@ def run_capability(job: Job, wanted: Wanted) -> str:
 
     job.run(measured)
     summarise(job, standing, chosen)
-    return write_report(job.store) if (job.store.root / "report.html").is_file() else "findings/capability.json"
+    return rewrite_report(job.store) or "findings/capability.json"
 
 
 def read_standing(job: Job) -> Standing:

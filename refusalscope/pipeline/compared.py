@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+from refusalscope.core.comparisons import untouched
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
 from refusalscope.core.types import Direction, Finding, Prompts, Responses
@@ -52,7 +53,7 @@ def summarise(job: Job, standing: Standing, chosen: Sequence[Arm]) -> Finding:
     if texts:
         settings[DOCUMENTS] = texts[0][1]["settings"]
     return keep_finding(
-        job,
+        job.store,
         study.summarise(
             measures,
             caveats=[*_caveats(tasks), *_untouched(tasks, texts), *shelf.notes],
@@ -178,4 +179,4 @@ def _untouched(tasks: Sequence[Measured], texts: Sequence[Measured]) -> list[str
     counts = [(arm, made["task"], made["changed"]) for arm, made in tasks]
     counts += [(arm, DOCUMENTS, made["cost"]["changed"]) for arm, made in texts]
     names = [f"{arm.method} {arm.setting} on {name}" for arm, name, changed in counts if not changed and arm != BASE]
-    return [f"These edits changed no position at all: {', '.join(names)}."] if names else []
+    return untouched(names)

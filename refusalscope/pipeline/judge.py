@@ -8,26 +8,25 @@ later call asks about it again, and never about a scored one.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from refusalscope.core.fingerprint import fingerprint
-from refusalscope.core.store import Store, to_json
-from refusalscope.core.types import Finding, NaN, Question, Verdict, Verdicts
+from refusalscope.core.store import Store
+from refusalscope.core.types import NaN, Question, Verdict, Verdicts
 from refusalscope.evals import judges
 from refusalscope.evals.checkpoints import first_line
 from refusalscope.evals.judges import Exchange, Judge, Score, Settings
 from refusalscope.evals.rules import RULES
 from refusalscope.pipeline import labels as person
 from refusalscope.pipeline.answered import Answered, answers, only
-from refusalscope.pipeline.measure import write_report
+from refusalscope.pipeline.measure import keep_finding, rewrite_report
 from refusalscope.studies import agreement, safety
 
 Progress = Callable[[str, int, int], None]
 NO_JUDGE = "none"
 SAFETY = "findings/safety.json"
-REPORT = "report.html"
 DIGITS = 6
 """Of a fingerprint, where two judges of one name are told apart."""
 
@@ -119,10 +118,9 @@ def write_findings(store: Store, answered: Sequence[Answered]) -> None:
         "verdicts": fingerprint(verdicts),
         "judges": described,
     }
-    _keep(store, safety.summarise([*by_rule, *by_person], by_machine, prompts, provenance=provenance))
-    _keep(store, agreement.summarise([*by_rule, *by_machine, *by_person], prompts, provenance=provenance))
-    if (store.root / REPORT).is_file():
-        write_report(store)
+    keep_finding(store, safety.summarise([*by_rule, *by_person], by_machine, prompts, provenance=provenance))
+    keep_finding(store, agreement.summarise([*by_rule, *by_machine, *by_person], prompts, provenance=provenance))
+    rewrite_report(store)
 
 
 def standing(store: Store, answered: Sequence[Answered]) -> tuple[list[Verdicts], dict[str, Any]]:
@@ -218,7 +216,3 @@ def _path(judge: str, one: Answered) -> str:
 def _describe(store: Store, name: str, question: Question, about: Mapping[str, Any]) -> None:
     described = {"name": name, "question": question, "about": dict(about)}
     store.keep(f"judges/{name}.json", fingerprint(described), described)
-
-
-def _keep(store: Store, finding: Finding) -> None:
-    store.keep(f"findings/{finding.study}.json", fingerprint(to_json(asdict(finding)).decode()), finding)

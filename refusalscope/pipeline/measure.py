@@ -22,6 +22,7 @@ from refusalscope.studies import attribution, benchmark, health
 from refusalscope.studies.benchmark import Arm
 
 STRENGTHS = "features/strengths.json"
+REPORT = "report.html"
 REPEATABLE = ("factors", "methods", "values", "datasets")
 """Options that hold several values, each given by a flag in the singular."""
 
@@ -54,7 +55,7 @@ def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
         caveats=(*fitted.notes, *fitted.direction.caveats, *chosen.notes),
         provenance=provenance(job, fitted, chosen),
     )
-    return keep_finding(job, finding)
+    return keep_finding(job.store, finding)
 
 
 def run_health(job: Job, fitted: Fitted) -> Finding:
@@ -80,7 +81,7 @@ def run_health(job: Job, fitted: Fitted) -> Finding:
         },
     )
     layers = [capability.LayerHealth(**layer) for layer in measured["layers"]]
-    return keep_finding(job, health.summarise(layers, rows.name, provenance=provenance(job, fitted, None)))
+    return keep_finding(job.store, health.summarise(layers, rows.name, provenance=provenance(job, fitted, None)))
 
 
 def run_attribution(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
@@ -88,7 +89,7 @@ def run_attribution(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
     totals = job.store.read("attributions/layers.json", dict)
     name = fitted.data.harmful_train.name
     return keep_finding(
-        job,
+        job.store,
         attribution.summarise(totals, name, scheme=job.options.protocol, provenance=provenance(job, fitted, chosen)),
     )
 
@@ -97,8 +98,13 @@ def write_report(store: Store) -> str:
     """Figures and page from what the folder holds; returns the page's path. Loads no model."""
     write_figures(store, ["svg"])
     page_text = page.write(store)
-    store.keep("report.html", fingerprint(page_text), page_text)
-    return "report.html"
+    store.keep(REPORT, fingerprint(page_text), page_text)
+    return REPORT
+
+
+def rewrite_report(store: Store) -> str | None:
+    """The page anew where the folder has one already; returns its path then."""
+    return write_report(store) if (store.root / REPORT).is_file() else None
 
 
 def describe_run(job: Job, fitted: Fitted) -> None:
@@ -294,8 +300,7 @@ def provenance(job: Job, fitted: Fitted, chosen: Chosen | None) -> dict[str, Any
     }
 
 
-def keep_finding(job: Job, finding: Finding) -> Finding:
+def keep_finding(store: Store, finding: Finding) -> Finding:
     """Write `findings/<study>.json`."""
-    path = f"findings/{finding.study}.json"
-    job.store.keep(path, fingerprint(to_json(asdict(finding)).decode()), finding)
+    store.keep(f"findings/{finding.study}.json", fingerprint(to_json(asdict(finding)).decode()), finding)
     return finding

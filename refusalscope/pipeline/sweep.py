@@ -50,7 +50,7 @@ def run_sweep(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
         caveats=(*fitted.notes, *fitted.direction.caveats, *chosen.notes),
         provenance=provenance(job, fitted, chosen),
     )
-    return keep_finding(job, finding)
+    return keep_finding(job.store, finding)
 
 
 def _sets(options: Options, chosen: Chosen) -> list[FeatureSet]:

@@ -43,7 +43,7 @@ def run_verification(job: Job, fitted: Fitted) -> Finding:
         caveats=_caveats(found, len(job.saes.layers)),
         provenance={**provenance(job, fitted, None), "dtype": found.dtype},
     )
-    return keep_finding(job, finding)
+    return keep_finding(job.store, finding)
 
 
 def measure(job: Job, fitted: Fitted, rows: Prompts) -> Measured:

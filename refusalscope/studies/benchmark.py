@@ -128,17 +128,12 @@ def summarise(
     rows = [*stats.with_holm(rows), *comparisons.smallest(rows, clusters)]
     for (method, setting), measured in _with_pooled(costs).items():
         rows += _cost_rows(method, setting, measured, prompts[cost_prompts])
-    untouched = [f"{r.method} {r.setting} on {r.dataset}" for r in responses if r.method != "base" and r.changed == 0]
-    notes = [f"These edits changed no position at all: {', '.join(untouched)}."] if untouched else []
-    return Finding("benchmark", QUESTION, tuple(rows), (*caveats, *notes), provenance)
+    idle = [f"{r.method} {r.setting} on {r.dataset}" for r in responses if r.method != "base" and r.changed == 0]
+    return Finding("benchmark", QUESTION, tuple(rows), (*caveats, *comparisons.untouched(idle)), provenance)
 
 
 def _change(answered: Responses, before: Sequence[float], clusters: Sequence[str]) -> Row:
-    return comparisons.change(_scored(answered, "refused", clusters), before, "refused_change", what="refused")
-
-
-def _scored(answered: Responses, metric: str, clusters: Sequence[str]) -> Scored:
-    return Scored(answered.dataset, answered.method, answered.setting, answered.score(metric), clusters)
+    return comparisons.change(Scored.of(answered, "refused", clusters), before, "refused_change", what="refused")
 
 
 def _rates(answered: Responses, clusters: Sequence[str]) -> list[Row]:
@@ -172,7 +167,7 @@ def _comparisons(responses: Sequence[Responses], prompts: Mapping[str, Prompts])
     """The reference set against every other edit of equal size, by each outcome."""
     rows = []
     for metric in COMPARED:
-        scored = [_scored(answered, metric, prompts[answered.dataset].clusters) for answered in responses]
+        scored = [Scored.of(answered, metric, prompts[answered.dataset].clusters) for answered in responses]
         rows += comparisons.differences(scored, f"{metric}_difference", what=metric)
     return rows
 

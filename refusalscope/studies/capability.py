@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from refusalscope.core import stats
+from refusalscope.core.comparisons import UNEDITED, pooled_setting
 from refusalscope.core.stats import Estimate
 from refusalscope.core.types import Finding, NaN, Prompts, Responses, Row
 from refusalscope.evals.capability import Cost, DocumentCost
@@ -17,7 +18,6 @@ from refusalscope.evals.capability import Cost, DocumentCost
 QUESTION = (
     "What do these edits cost: on tasks, on text, on the model's own answers and on prompts it should not refuse?"
 )
-UNEDITED = "base"
 ENOUGH = 10
 """Parts of a group that make them clusters."""
 
@@ -120,9 +120,8 @@ def with_pooled(measures: Sequence[Measure]) -> list[Measure]:
     """All of them, and after them the random draws of each setting together; what they share is one cluster."""
     groups: dict[tuple[str, str, str, str], list[Measure]] = {}
     for one in measures:
-        setting, drawn, _ = one.setting.partition(" draw=")
-        if drawn:
-            groups.setdefault((one.dataset, one.method, f"{setting} mean", one.metric), []).append(one)
+        if pooled := pooled_setting(one.setting):
+            groups.setdefault((one.dataset, one.method, pooled, one.metric), []).append(one)
     return [*measures, *(_pooled(key, draws) for key, draws in groups.items())]
 
 
@@ -147,7 +146,7 @@ def _change(one: Measure, base: Measure) -> Row:
     else:
         differences = [a - b for a, b in zip(one.values, before, strict=True)]
         change = stats.mean(differences, one.clusters, weights=one.weights)
-    tested = one.weights is None and " draw=" not in one.setting
+    tested = one.weights is None and not pooled_setting(one.setting)
     return replace(
         _row(one, metric, change),
         p=stats.paired_p(one.values, before, one.clusters) if tested else None,

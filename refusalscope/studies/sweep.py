@@ -139,7 +139,7 @@ def summarise(
     rows = [row for answers in base.values() for row in _rates(answers, prompts[answers.dataset].clusters)]
     for cell in (*scaled, *induced):
         clusters = prompts[cell.answers.dataset].clusters
-        scored = Scored(*_arm(cell.answers), cell.answers.score("refused"), clusters)
+        scored = Scored.of(cell.answers, "refused", clusters)
         before = base[cell.answers.dataset].score("refused")
         rows += _rates(cell.answers, clusters)
         rows.append(comparisons.change(scored, before, "refused_change", what="refused"))
@@ -150,7 +150,8 @@ def summarise(
         "set": choose_induction(induced, base[cost_prompts], prompts[cost_prompts]),
     }
     known = {name: made._asdict() for name, made in chosen.items() if made is not None}
-    notes = [*caveats, *_notes(scaled, chosen["scale"], len(prompts[asked])), *_untouched((*scaled, *induced))]
+    notes = [*caveats, *_notes(scaled, chosen["scale"], len(prompts[asked]))]
+    notes += comparisons.untouched([c.answers.setting for c in (*scaled, *induced) if c.answers.changed == 0])
     clusters = {name: len(set(asked.clusters)) for name, asked in prompts.items()}
     rows = [*stats.with_holm(rows), *comparisons.smallest(rows, clusters)]
     return Finding("sweep", QUESTION, tuple(rows), tuple(notes), {**provenance, "chosen": known})
@@ -188,11 +189,6 @@ def _fewest_discordant(n: int) -> int | None:
     return None
 
 
-def _untouched(cells: Sequence[Cell]) -> list[str]:
-    names = [cell.answers.setting for cell in cells if cell.answers.changed == 0]
-    return [f"These edits changed no position at all: {', '.join(names)}."] if names else []
-
-
 def _rates(answers: Responses, clusters: Sequence[str]) -> list[Row]:
     judged = {name for row in answers.rows for name in row.scores}
     made = {name: answers.score(name) for name in RATES if name in judged}
@@ -213,9 +209,4 @@ def _cost_rows(cell: Cell, prompts: Prompts) -> list[Row]:
 
 
 def _row(answers: Responses, metric: str, estimate: Estimate) -> Row:
-    dataset, method, setting = _arm(answers)
-    return Row(dataset, method, metric, setting, *estimate)
-
-
-def _arm(answers: Responses) -> tuple[str, str, str]:
-    return answers.dataset, answers.method, answers.setting
+    return Row(answers.dataset, answers.method, metric, answers.setting, *estimate)
