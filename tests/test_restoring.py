@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from refusalscope.core.types import Feature, FeatureSet, SaeSlice
-from refusalscope.inputs.chat import Batch, ChatModel, Tokens
+from refusalscope.inputs.chat import Batch, ChatModel, Edits, Tokens
 from refusalscope.inputs.saes import SaeBank
 from refusalscope.inputs.template import Role
 from refusalscope.mechanism.restoring import (
@@ -17,6 +19,7 @@ from refusalscope.mechanism.restoring import (
     RestoreFeatures,
     editor,
     read_closing,
+    read_distances,
 )
 from tests import tiny
 
@@ -38,12 +41,15 @@ def model(request: pytest.FixtureRequest) -> ChatModel:
     return tiny.chat_model(request.param)
 
 
-def restoration(kind: str, values: dict[str, dict[int, Closing]]) -> Restoration:
+def restoration(
+    kind: str, values: dict[str, dict[int, Closing]], model: ChatModel, tokens: Tokens, slices: dict[int, SaeSlice]
+) -> Restoration:
     features = RestoreFeatures(SET, values)
+    apart = read_distances(model, tokens, features, slices)
     made = {
         "features": features,
         "direction": RestoreDirection(UNIT, LAYERS, values),
-        "random": RandomDirections(features, 3),
+        "random": RandomDirections(apart, 3),
     }
     return made[kind]
 
@@ -60,7 +66,8 @@ def of_the_next(tokens: Tokens, found: dict[str, dict[int, Closing]]) -> dict[st
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompts_own_values_change_nothing(model: ChatModel, slices: dict[int, SaeSlice], kind: str) -> None:
     tokens = model.tokens(tiny.prompts())
-    made = editor(restoration(kind, read_closing(model, tokens, slices, UNIT)), slices=slices)
+    values = read_closing(model, tokens, slices, UNIT)
+    made = editor(restoration(kind, values, model, tokens, slices), slices=slices)
     assert torch.equal(model.run(tokens, edits=made.edits, logits=1).logits, model.run(tokens, logits=1).logits)
     assert made.changed == 0
 
@@ -69,7 +76,7 @@ def test_a_prompts_own_values_change_nothing(model: ChatModel, slices: dict[int,
 def test_only_closing_tokens_are_moved(model: ChatModel, slices: dict[int, SaeSlice], kind: str) -> None:
     tokens = model.tokens(tiny.prompts())
     values = of_the_next(tokens, read_closing(model, tokens, slices, UNIT))
-    edits = {0: editor(restoration(kind, values), slices=slices).edits[0]}
+    edits = {0: editor(restoration(kind, values, model, tokens, slices), slices=slices).edits[0]}
     clean, edited = (model.run(tokens, edits=used, keep=[0]).residuals[0] for used in ({}, edits))
     moved = (clean != edited).any(-1)
     assert torch.equal(moved, tokens.roles == Role.CLOSING)
@@ -78,7 +85,8 @@ def test_only_closing_tokens_are_moved(model: ChatModel, slices: dict[int, SaeSl
 @pytest.mark.parametrize("kind", KINDS)
 def test_batched_equals_one_at_a_time(model: ChatModel, slices: dict[int, SaeSlice], kind: str) -> None:
     tokens = model.tokens(tiny.prompts())
-    made = editor(restoration(kind, of_the_next(tokens, read_closing(model, tokens, slices, UNIT))), slices=slices)
+    values = of_the_next(tokens, read_closing(model, tokens, slices, UNIT))
+    made = editor(restoration(kind, values, model, tokens, slices), slices=slices)
     together = model.run(tokens, edits=made.edits, logits=1).logits[:, -1]
     for row in range(len(tiny.TEXTS)):
         alone = model.run(model.tokens(tiny.prompts()[row : row + 1]), edits=made.edits, logits=1).logits[0, -1]
@@ -106,7 +114,7 @@ def orthogonal(width: int = 16) -> SaeSlice:
     return SaeSlice(0, torch.arange(width), rows.T.contiguous(), zeros, zeros, rows)
 
 
-def test_values_land_from_the_end_and_the_control_goes_as_far() -> None:
+def test_values_land_from_the_end() -> None:
     part, drawn = orthogonal(), torch.Generator().manual_seed(1)
     residual = torch.rand(2, 6, 16, generator=drawn) @ part.decoder
     roles = torch.full((2, 6), int(Role.INSTRUCTION))
@@ -129,12 +137,30 @@ def test_values_land_from_the_end_and_the_control_goes_as_far() -> None:
     unit = tiny.direction(width=16).unit
     along = editor(RestoreDirection(unit, (0,), given), slices={}).edits[0](residual, batch)
     torch.testing.assert_close(along[0, -2:] @ unit, given["a"][0].projection, atol=1e-5, rtol=1e-5)
-    control = editor(RandomDirections(wanted, 0), slices={0: part}).edits[0](residual, batch)
-    torch.testing.assert_close(
-        (control - residual).norm(dim=-1), (restored - residual).norm(dim=-1), atol=1e-4, rtol=1e-4
-    )
-    other = editor(RandomDirections(wanted, 1), slices={0: part}).edits[0](residual, batch)
-    assert not torch.allclose(control, other)
+
+
+def test_the_control_goes_as_far_as_the_restoration_went(model: ChatModel, slices: dict[int, SaeSlice]) -> None:
+    tokens = model.tokens(tiny.prompts())
+    wanted = RestoreFeatures(SET, of_the_next(tokens, read_closing(model, tokens, slices, UNIT)))
+    gone = read_distances(model, tokens, wanted, slices)
+
+    def moved(edits: Edits, layer: int) -> Float[Tensor, "prompt position d_model"]:
+        """What the edit of a layer adds, those of the layers before it standing."""
+        before = {at: edit for at, edit in edits.items() if at < layer}
+        runs = (model.run(tokens, edits=used, keep=[layer]) for used in ({**before, layer: edits[layer]}, before))
+        after, without = (run.residuals[layer] for run in runs)
+        return after - without
+
+    def of_seed(seed: int) -> Edits:
+        return editor(RandomDirections(gone, seed), slices={}).edits
+
+    restored, control = editor(wanted, slices=slices).edits, of_seed(0)
+    for layer in LAYERS:
+        far = torch.stack([gone[name][layer] for name in tokens.prompt_ids])
+        for edits in (restored, control):
+            found = moved(edits, layer)[:, -far.shape[1] :].norm(dim=-1)
+            torch.testing.assert_close(found, far, atol=1e-3, rtol=1e-3)
+        assert not torch.allclose(moved(control, layer), moved(of_seed(1), layer))
 
 
 def test_a_layer_without_its_slice_is_refused() -> None:

@@ -50,11 +50,15 @@ class RestoreDirection:
     values: Values
 
 
+Distances = Mapping[str, Mapping[int, Float[Tensor, "closing"]]]
+"""Prompt id -> layer -> how far closing tokens are moved there, in residual units."""
+
+
 @dataclass(frozen=True)
 class RandomDirections:
-    """The control: at every layer and token a random direction, as far as `like` would move the residual there."""
+    """The control: at every layer and closing token a random direction, as far as a restoration moved the residual."""
 
-    like: RestoreFeatures
+    distances: Distances
     seed: int
 
 
@@ -79,6 +83,31 @@ def read_closing(
     return found
 
 
+def read_distances(
+    model: ChatModel, tokens: Tokens, wanted: RestoreFeatures, slices: Mapping[int, SaeSlice]
+) -> dict[str, dict[int, Tensor]]:
+    """How far a restoration moves each layer's closing tokens while those of the layers before it stay moved.
+
+    Measured under the restoration itself: where values of early layers carry forward, later ones have less to set
+    back, so the distances on the unedited prompt would add up to more than was ever done.
+    """
+    found: dict[str, dict[int, Tensor]] = {name: {} for name in tokens.prompt_ids}
+
+    def recorded(layer: int, edit: Edit) -> Edit:
+        def step(residual: Tensor, batch: Batch) -> Tensor:
+            edited = edit(residual, batch)
+            moved = (edited.float() - residual.float()).norm(dim=-1)
+            for name, row, closing in zip(batch.prompt_ids, moved, batch.roles == Role.CLOSING, strict=True):
+                found[name][layer] = row[closing]
+            return edited
+
+        return step
+
+    made = editor(wanted, slices=slices).edits
+    model.run(tokens, edits={layer: recorded(layer, edit) for layer, edit in made.items()})
+    return found
+
+
 def editor(wanted: Restoration, *, slices: Mapping[int, SaeSlice]) -> Editor:
     """The edits that carry out a restoration.
 
@@ -86,7 +115,7 @@ def editor(wanted: Restoration, *, slices: Mapping[int, SaeSlice]) -> Editor:
     """
     made = Editor({})
     for layer in _layers(wanted):
-        if layer not in slices and not isinstance(wanted, RestoreDirection):
+        if layer not in slices and isinstance(wanted, RestoreFeatures):
             raise ValueError(f"restoring features of layer {layer} needs that layer's SAE slice")
         made.edits[layer] = _edit(_addition(wanted, layer, slices.get(layer)), made)
     return made
@@ -96,8 +125,8 @@ def _layers(wanted: Restoration) -> tuple[int, ...]:
     match wanted:
         case RestoreDirection(_, layers):
             return layers
-        case RandomDirections(like):
-            return _layers(like)
+        case RandomDirections(distances):
+            return tuple(sorted({layer for of in distances.values() for layer in of}))
         case RestoreFeatures(features):
             sets = [features] if isinstance(features, FeatureSet) else list(features.values())
             return tuple(sorted({feature.layer for chosen in sets for feature in chosen.features}))
@@ -140,14 +169,8 @@ def _addition(wanted: Restoration, layer: int, part: SaeSlice | None) -> Additio
         case RestoreFeatures(features, values):
             assert part is not None  # `editor` has made sure
             return lambda tail, closing, batch: _decoded(tail, closing, batch, part, features, values)
-        case RandomDirections(like, seed):
-            own = _addition(like, layer, part)
-
-            def addition(tail: Tensor, closing: Tensor, batch: Batch) -> Tensor:
-                norms = own(tail, closing, batch).norm(dim=-1, keepdim=True)
-                return _random_units(tail, batch, layer, seed) * norms
-
-            return addition
+        case RandomDirections(distances, seed):
+            return lambda tail, closing, batch: _astray(tail, closing, batch, distances, seed, layer)
 
 
 def _along(
@@ -183,11 +206,15 @@ def _aligned(
     return goal
 
 
-def _random_units(tail: Tensor, batch: Batch, layer: int, seed: int) -> Float[Tensor, "prompt position d_model"]:
-    """One for every prompt and position, whatever else is in the batch; drawn from the last position on."""
+def _astray(
+    tail: Tensor, closing: Tensor, batch: Batch, distances: Distances, seed: int, layer: int
+) -> Float[Tensor, "prompt position d_model"]:
+    """A direction for every prompt and position, whatever else is in the batch; drawn from the last position on."""
+    still = torch.zeros_like(tail[..., :1])
+    far = _aligned(still, closing, [distances[name][layer][:, None] for name in batch.prompt_ids])
     rows = []
     for name in batch.prompt_ids:
         generator = torch.Generator().manual_seed(int(fingerprint(seed, name, layer)[:15], 16))
         drawn = torch.randn(tail.shape[1:], generator=generator).flip(0)
         rows.append(drawn / drawn.norm(dim=-1, keepdim=True))
-    return torch.stack(rows).to(tail.device)
+    return torch.stack(rows).to(tail.device) * far

@@ -13,7 +13,7 @@ import numpy as np
 
 from refusalscope.core.types import Direction, Feature, FeatureSet, Prompt, Prompts, Responses, SaeSlice, layers_of
 from refusalscope.mechanism import features, restoring
-from refusalscope.mechanism.restoring import RandomDirections, Restoration, RestoreDirection, RestoreFeatures, Values
+from refusalscope.mechanism.restoring import RandomDirections, Restoration, RestoreDirection, RestoreFeatures
 from refusalscope.pipeline.attacks import Grouped
 from refusalscope.pipeline.category_sets import CategorySets
 from refusalscope.pipeline.fit import Fitted
@@ -39,13 +39,6 @@ class Arm:
     sources: Prompts
     """The prompts that values come from, under the ids of the attacks."""
     seed: int = 0
-
-    def restoration(self, direction: Direction, values: Values) -> Restoration:
-        """What to do, once the sources have been read."""
-        whole = RestoreFeatures(self.features, values)
-        if self.kind == "direction":
-            return RestoreDirection(direction.unit, tuple(self.features.by_layer()), values)
-        return RandomDirections(whole, self.seed) if self.kind == "random" else whole
 
 
 def restore(
@@ -185,6 +178,12 @@ def _batch(job: Job, direction: Direction, arm: Arm, slices: Mapping[int, SaeSli
     # Read as answers are given, so that both prompts end in the same tokens.
     sources = model.answer_tokens(arm.sources.keep(batch.ids))
     values = restoring.read_closing(model, sources, slices, direction.unit)
-    made = restoring.editor(arm.restoration(direction, values), slices=slices)
-    answers = model.generate(model.answer_tokens(batch), edits=made.edits, max_new_tokens=job.max_new_tokens)
+    tokens = model.answer_tokens(batch)
+    wanted: Restoration = RestoreFeatures(arm.features, values)
+    if arm.kind == "direction":
+        wanted = RestoreDirection(direction.unit, tuple(slices), values)
+    elif arm.kind == "random":
+        wanted = RandomDirections(restoring.read_distances(model, tokens, wanted, slices), arm.seed)
+    made = restoring.editor(wanted, slices=slices)
+    answers = model.generate(tokens, edits=made.edits, max_new_tokens=job.max_new_tokens)
     return Responses(batch.name, arm.method, arm.setting, answers, made.changed)
