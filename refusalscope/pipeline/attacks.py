@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from refusalscope.core.fingerprint import fingerprint
@@ -37,14 +37,7 @@ class Grouped(NamedTuple):
 
 def judge(fitted: Fitted, *, cut_off_counts: bool) -> Judged:
     """What decides whether an answer refuses and is coherent: the run's rules. Any other judge would come in here."""
-    tokens = fitted.direction.refusal_tokens
-
-    def judged(rows: Prompts, answers: Responses) -> Responses:
-        # Rules read from a prompt's details what the testbed's grammar knows, which is nothing of pairs.
-        bare = replace(rows, rows=tuple(replace(row, details={}) for row in rows))
-        return rules.judge(bare, answers, refusal_tokens=tokens, cut_off_counts=cut_off_counts)
-
-    return judged
+    return partial(rules.judge, refusal_tokens=fitted.direction.refusal_tokens, cut_off_counts=cut_off_counts)
 
 
 def group(job: Job, judged: Judged) -> Grouped:

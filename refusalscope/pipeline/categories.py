@@ -13,7 +13,6 @@ from refusalscope.core.types import Feature, FeatureSet, Finding, Prompts, Respo
 from refusalscope.evals import rules
 from refusalscope.inputs.categories import slug
 from refusalscope.inputs.chat import ChatModel, Tokens
-from refusalscope.mechanism import features
 from refusalscope.mechanism.effects import contrast, metric_under
 from refusalscope.mechanism.interventions import (
     Held,
@@ -28,7 +27,7 @@ from refusalscope.pipeline import category_matrix
 from refusalscope.pipeline.category_sets import FOLDER, CategorySets, strength
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
-from refusalscope.pipeline.measure import judged_key, keep_finding, make_answers, provenance
+from refusalscope.pipeline.measure import judge_answers, keep_finding, make_answers, provenance
 from refusalscope.pipeline.traces import opening_refused
 from refusalscope.studies import benchmark, categories
 from refusalscope.studies.categories import Arm, Effect, Kind, Measured, Rest
@@ -69,11 +68,8 @@ def run_categories(job: Job, fitted: Fitted, sets: CategorySets) -> Finding:
 
 def _random(job: Job, sets: CategorySets) -> tuple[dict[tuple[Kind, str], list[FeatureSet]], list[str]]:
     """Kind and category -> random sets like its subset, or none with a note why; no set or candidate is in them."""
-    excluded = {feature for chosen in sets.whole.values() for feature in chosen.features}
-    excluded |= {feature for survey in sets.surveys for feature in survey.candidates.features}
-    seeds = range(job.options.seed, job.options.seed + DRAWS) if sets.size else ()
     # The common features are the same for every category: drawn for once.
-    draw = cache(lambda like: [features.random_like(like, sets.surveys, excluded, seed=seed) for seed in seeds])
+    draw = cache(lambda like: sets.random_like(like, seed=job.options.seed, draws=DRAWS if sets.size else 0))
     made: dict[tuple[Kind, str], list[FeatureSet]] = {}
     notes = {}
     for name in sets.whole:
@@ -133,7 +129,7 @@ def _measure(job: Job, fitted: Fitted, name: str, rows: Prompts, arms: Sequence[
     )
     used = rows.keep(found["ids"])
     unedited = make_answers(job, used, benchmark.BASE, {})
-    judged = partial(_judged, job, fitted, used, cut_off_counts=rules.ordinarily_ends(unedited))
+    judged = partial(judge_answers, job, fitted, used, cut_off_counts=rules.ordinarily_ends(unedited))
     answers, wanted = [], [arm for arm in arms if _is_answered(arm)]
     for done, arm in enumerate(wanted):
         job.progress(f"categories: answering {used.name}, {_label(arm)}", done, len(wanted))
@@ -221,16 +217,4 @@ def _answers(job: Job, rows: Prompts, arm: Arm, slices: Slices) -> Responses:
         kind=Responses,
         make=make,
         join=benchmark.joined,
-    )
-
-
-def _judged(
-    job: Job, fitted: Fitted, rows: Prompts, answers: Responses, label: str, *, cut_off_counts: bool
-) -> Responses:
-    tokens = fitted.direction.refusal_tokens
-    return job.store.get(
-        f"responses/{rows.name}/{label}.jsonl",
-        judged_key(job, rows, answers, tokens, cut_off_counts=cut_off_counts),
-        Responses,
-        lambda: rules.judge(rows, answers, refusal_tokens=tokens, cut_off_counts=cut_off_counts),
     )

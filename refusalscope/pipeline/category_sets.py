@@ -61,6 +61,15 @@ class CategorySets:
         """n: how many features a compared subset holds, min(|F_R|, |F_H|) over the categories."""
         return min(len(self.common), *(len(chosen) for chosen in self.specific.values()))
 
+    def random_like(self, like: FeatureSet, *, seed: int, draws: int) -> list[FeatureSet]:
+        """Random features like these in number, layers and activity; no set's and no candidate is among them.
+
+        Raises ValueError where too few of those are left.
+        """
+        excluded = {feature for chosen in self.whole.values() for feature in chosen.features}
+        excluded |= {feature for survey in self.surveys for feature in survey.candidates.features}
+        return [features.random_like(like, self.surveys, excluded, seed=seed + draw) for draw in range(draws)]
+
 
 def strength(job: Job) -> float:
     """The factor c that all studies of single features scale by: given, else published, else 0."""
@@ -71,12 +80,8 @@ def strength(job: Job) -> float:
 def choose_category_sets(job: Job, fitted: Fitted) -> CategorySets:
     """Fit every category that is not fitted yet, and compare their sets.
 
-    Raises ValueError, one line, under `--protocol paper` and where fewer than two categories are refused often enough.
+    Raises ValueError, one line, where fewer than two categories are refused often enough.
     """
-    if job.options.protocol == "paper":
-        raise ValueError(
-            "--protocol paper reproduces the published benchmark alone: leave it out for the other studies"
-        )
     given = _prompts(job)
     fits: dict[str, _Fit] = {}
     notes = [*given.notes]

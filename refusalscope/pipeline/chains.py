@@ -16,7 +16,23 @@ from refusalscope.pipeline import (
     sweep,
     verify,
 )
+from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
+
+
+def _reported(job: Job, fitted: Fitted) -> str:
+    """Describe what the run folder now holds and write its page; the page's path."""
+    measure.describe_run(job, fitted)
+    return measure.write_report(job.store)
+
+
+def _fitted_for_a_study(job: Job) -> Fitted:
+    """The direction that studies beside the benchmark start from. Raises ValueError under `--protocol paper`."""
+    if job.options.protocol == "paper":
+        raise ValueError(
+            "--protocol paper reproduces the published benchmark alone: leave it out for the other studies"
+        )
+    return fit.fit(job)
 
 
 def run_chain(job: Job) -> str:
@@ -30,8 +46,7 @@ def run_chain(job: Job) -> str:
     explain.explain_prompts(job, fitted, chosen)
     if job.options.full:
         verify.run_verification(job, fitted)
-    measure.describe_run(job, fitted)
-    return measure.write_report(job.store)
+    return _reported(job, fitted)
 
 
 def features_chain(job: Job) -> str:
@@ -52,16 +67,14 @@ def verify_chain(job: Job) -> str:
     """Hold the attributions of this model to their oracles."""
     fitted = fit.fit(job)
     verify.run_verification(job, fitted)
-    measure.describe_run(job, fitted)
-    return measure.write_report(job.store)
+    return _reported(job, fitted)
 
 
 def sweep_chain(job: Job) -> str:
     """Every set size and factor on validation prompts."""
     fitted = fit.fit(job)
     sweep.run_sweep(job, fitted, select.choose_features(job, fitted))
-    measure.describe_run(job, fitted)
-    return measure.write_report(job.store)
+    return _reported(job, fitted)
 
 
 def choosing_chain(job: Job) -> str:
@@ -73,36 +86,32 @@ def choosing_chain(job: Job) -> str:
 
 def categories_chain(job: Job) -> str:
     """Features by kind of harm, what each does, and which drive which."""
-    fitted = fit.fit(job)
+    fitted = _fitted_for_a_study(job)
     sets = category_sets.choose_category_sets(job, fitted)
     categories.run_categories(job, fitted, sets)
     graph.run_graph(job, fitted, sets)
-    measure.describe_run(job, fitted)
-    return measure.write_report(job.store)
+    return _reported(job, fitted)
 
 
 def minimal_chain(job: Job) -> str:
     """The fewest features that flip each prompt, and those that wake up."""
-    fitted = fit.fit(job)
+    fitted = _fitted_for_a_study(job)
     minimal.run_minimal(job, fitted, select.choose_features(job, fitted))
-    measure.describe_run(job, fitted)
-    return measure.write_report(job.store)
+    return _reported(job, fitted)
 
 
 def jailbreaks_chain(job: Job) -> str:
     """What attacks silence, on matched pairs."""
-    fitted = fit.fit(job)
+    fitted = _fitted_for_a_study(job)
     jailbreaks.run_jailbreaks(job, fitted, category_sets.choose_category_sets(job, fitted))
-    measure.describe_run(job, fitted)
-    return measure.write_report(job.store)
+    return _reported(job, fitted)
 
 
 def suffixes_chain(job: Job) -> str:
     """What each word of a suffix silences."""
-    fitted = fit.fit(job)
+    fitted = _fitted_for_a_study(job)
     suffixes.run_suffixes(job, fitted, category_sets.choose_category_sets(job, fitted))
-    measure.describe_run(job, fitted)
-    return measure.write_report(job.store)
+    return _reported(job, fitted)
 
 
 CHAINS: Mapping[str, Callable[[Job], str]] = {

@@ -263,9 +263,16 @@ def make_judged(
     job: Job, fitted: Fitted, chosen: Chosen, rows: Prompts, arm: Arm, *, cut_off_counts: bool
 ) -> Responses:
     answers = make_answers(job, rows, arm, slices_of(chosen, arm))
+    return judge_answers(job, fitted, rows, answers, arm.label, cut_off_counts=cut_off_counts)
+
+
+def judge_answers(
+    job: Job, fitted: Fitted, rows: Prompts, answers: Responses, label: str, *, cut_off_counts: bool
+) -> Responses:
+    """Answers with the scores of the rules, kept under `label`."""
     tokens = fitted.direction.refusal_tokens
     return job.store.get(
-        f"responses/{rows.name}/{arm.label}.jsonl",
+        f"responses/{rows.name}/{label}.jsonl",
         judged_key(job, rows, answers, tokens, cut_off_counts=cut_off_counts),
         Responses,
         lambda: rules.judge(rows, answers, refusal_tokens=tokens, cut_off_counts=cut_off_counts),

@@ -59,10 +59,6 @@ class Listed(NamedTuple):
 
 def run_minimal(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
     """Prune every prompt's own set and write `findings/minimal.json`. Raises ValueError, one line, where it cannot."""
-    if job.options.protocol == "paper":
-        raise ValueError(
-            "--protocol paper reproduces the published benchmark alone: leave it out for the other studies"
-        )
     listed = _listed(job, fitted)
     ground = _ground(job, fitted, listed.refused)
     cases = [case for part in _parts(job, fitted, ground) for case in part]

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from refusalscope.core.types import Direction, Feature, FeatureSet, Prompt, Prompts, Responses, SaeSlice, layers_of
-from refusalscope.mechanism import features, restoring
+from refusalscope.mechanism import restoring
 from refusalscope.mechanism.restoring import RandomDirections, Restoration, RestoreDirection, RestoreFeatures
 from refusalscope.pipeline.attacks import Grouped
 from refusalscope.pipeline.category_sets import CategorySets
@@ -54,7 +54,7 @@ def restore(
     notes = []
     drawn: list[FeatureSet] = []
     try:
-        drawn = _draws(job, sets)
+        drawn = sets.random_like(sets.common, seed=job.options.seed, draws=DRAWS)
     except ValueError as error:
         notes.append(f"No matched random features are set back: {error}.")
     made = _arms(job, sets, grouped, rows, harmless, drawn, notes) if len(rows) else []
@@ -129,14 +129,6 @@ def _others(rows: Prompts, grouped: Grouped, seed: int) -> Prompts | None:
             return None
         picked.append(grouped.plain[rows.ids[int(rng.choice(elsewhere))]])
     return _named(rows, picked)
-
-
-def _draws(job: Job, sets: CategorySets) -> list[FeatureSet]:
-    """Random features like the common ones in number, layers and activity, none of them in any set."""
-    excluded = {feature for made in sets.whole.values() for feature in made.features}
-    excluded |= {feature for found in sets.surveys for feature in found.candidates.features}
-    seeds = range(job.options.seed, job.options.seed + DRAWS)
-    return [features.random_like(sets.common, sets.surveys, excluded, seed=seed) for seed in seeds]
 
 
 Pool = Callable[[FeatureSet], dict[int, SaeSlice]]
