@@ -168,6 +168,7 @@ def drive(
         values["sizes"] = parse_numbers("--sizes", values["sizes"])
     sweeps = verb in ("sweep", "choose")
     made = options.make(values, config, defaults=options.SWEEP if sweeps else {})
+    chains.check(verb, made)
     names, settings = judge.asked(judging.get("judges", ())), judge_settings(judging)
     settings = judge.check(names, settings)
     no_loading_bars()

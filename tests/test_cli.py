@@ -95,6 +95,13 @@ def test_an_unknown_model_names_near_ones(name: str, hint: str, here: Path) -> N
     assert hint in refuse("run", name)
 
 
+@pytest.mark.parametrize("verb", ["categories", "minimal", "jailbreaks", "suffixes"])
+def test_the_published_protocol_has_no_studies(verb: str, here: Path) -> None:
+    message = refuse(verb, "testbed", "--protocol", "paper")
+    assert f"leave it out of `{verb}`" in message
+    assert not Path("runs").exists()
+
+
 PROMPT_FAULTS: dict[str, tuple[bytes | None, str]] = {
     "missing": (None, "mine.csv cannot be read: No such file"),
     "empty": (b"", "mine.csv holds no rows"),

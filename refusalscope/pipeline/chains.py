@@ -18,21 +18,13 @@ from refusalscope.pipeline import (
 )
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
+from refusalscope.pipeline.options import Options
 
 
 def _reported(job: Job, fitted: Fitted) -> str:
     """Describe what the run folder now holds and write its page; the page's path."""
     measure.describe_run(job, fitted)
     return measure.write_report(job.store)
-
-
-def _fitted_for_a_study(job: Job) -> Fitted:
-    """The direction that studies beside the benchmark start from. Raises ValueError under `--protocol paper`."""
-    if job.options.protocol == "paper":
-        raise ValueError(
-            "--protocol paper reproduces the published benchmark alone: leave it out for the other studies"
-        )
-    return fit.fit(job)
 
 
 def run_chain(job: Job) -> str:
@@ -86,7 +78,7 @@ def choosing_chain(job: Job) -> str:
 
 def categories_chain(job: Job) -> str:
     """Features by kind of harm, what each does, and which drive which."""
-    fitted = _fitted_for_a_study(job)
+    fitted = fit.fit(job)
     sets = category_sets.choose_category_sets(job, fitted)
     categories.run_categories(job, fitted, sets)
     graph.run_graph(job, fitted, sets)
@@ -95,21 +87,21 @@ def categories_chain(job: Job) -> str:
 
 def minimal_chain(job: Job) -> str:
     """The fewest features that flip each prompt, and those that wake up."""
-    fitted = _fitted_for_a_study(job)
+    fitted = fit.fit(job)
     minimal.run_minimal(job, fitted, select.choose_features(job, fitted))
     return _reported(job, fitted)
 
 
 def jailbreaks_chain(job: Job) -> str:
     """What attacks silence, on matched pairs."""
-    fitted = _fitted_for_a_study(job)
+    fitted = fit.fit(job)
     jailbreaks.run_jailbreaks(job, fitted, category_sets.choose_category_sets(job, fitted))
     return _reported(job, fitted)
 
 
 def suffixes_chain(job: Job) -> str:
     """What each word of a suffix silences."""
-    fitted = _fitted_for_a_study(job)
+    fitted = fit.fit(job)
     suffixes.run_suffixes(job, fitted, category_sets.choose_category_sets(job, fitted))
     return _reported(job, fitted)
 
@@ -127,3 +119,13 @@ CHAINS: Mapping[str, Callable[[Job], str]] = {
     "choose": choosing_chain,
 }
 """Each makes what it makes in the run folder and returns the path of what to look at."""
+STUDIES = ("categories", "minimal", "jailbreaks", "suffixes")
+"""Those that go beyond the benchmark."""
+
+
+def check(verb: str, options: Options) -> None:
+    """Raise ValueError for options that a verb cannot honour, before anything is made."""
+    if verb in STUDIES and options.protocol == "paper":
+        raise ValueError(
+            f"--protocol paper reproduces the published benchmark alone: leave it out of `{verb}`, or use `run`"
+        )
