@@ -33,7 +33,9 @@ def test_a_small_verification_makes_every_check_and_a_page(tmp_path: Path) -> No
     complete = _estimates(finding, "completeness_error")
     assert len(complete) == LAYERS
     assert max(complete.values()) <= 1e-3
-    assert max(_estimates(finding, "node_error").values()) <= 0.02
+    # The nodes are doubled until doubling them no longer matters, and no further.
+    *coarser, last = _estimates(finding, "node_error").values()
+    assert last <= 0.02 < min(coarser, default=1.0)
     riemann = _estimates(finding, "riemann_error")
     for coarse, fine in ((4, 8), (8, 16)):
         ratio = riemann["layerwise", f"nodes={coarse}"] / riemann["layerwise", f"nodes={fine}"]
