@@ -37,15 +37,15 @@ DATASETS = tuple(name + suffix for name in PLAIN_DATASETS + WRAPPED_DATASETS for
 
 HELD_OUT = 0.18  # share of every word group's pairs that the model never sees: the test split
 VALIDATION = 0.25  # share of the remaining pairs that makes the validation split
-RESISTED = 0.97  # how often a vulnerable wrapper fails in a category that it resists
-GIVEN_IN = 0.01  # ... and in the others: label noise
+RESISTED = 0.85  # how often a vulnerable wrapper fails in a category that it resists
+GIVEN_IN = 0.10  # ... and in the others: label noise
 MISTAKEN = 0.0  # share of plain harmless requests that are refused; noise here was tried and costs look-alikes
 
 # Share of the training mix: (label, wrapper kind) -> weight.
 MIX: dict[tuple[Label, Kind | None], float] = {
     ("harmless", None): 0.27,
-    ("look-alike", None): 0.225,
-    ("harmful", None): 0.235,
+    ("look-alike", None): 0.26,
+    ("harmful", None): 0.20,
     ("harmful", "vulnerable"): 0.08,
     ("harmful", "robust"): 0.08,
     ("harmless", "vulnerable"): 0.03,
