@@ -215,9 +215,9 @@ show(rs.plots(least), "minimal-woken")
 # %% [markdown]
 # ## What the testbed cannot show
 #
-# - **The split is built in.** The testbed was trained to name the kind of harm in its refusals, so that there *is*
-#   something specific to find, and to refuse all kinds by the same habit, so that there is something common. It shows
-#   that the method finds such a structure, not that a real model has it.
+# - **The split is built in.** The testbed was trained to refuse all kinds of harm in the same words, so that there is
+#   something common to find, and to let a part used in training alone read the kind of harm where it decides to refuse,
+#   so that there is something specific. It shows that the method finds such a structure, not that a real model has it.
 # - **Placeholder harms are cleaner than real ones.** No request belongs to two categories, and each category has its
 #   own few nouns and verbs. Real categories overlap, and their features follow topics as much as harm.
 # - **Rates may saturate**: where every set stops nearly every refusal, only *m* tells them apart.

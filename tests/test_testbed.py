@@ -70,6 +70,14 @@ def test_the_model_never_trains_on_held_out_pairs_or_wordings() -> None:
         assert (example.unseen_template, example.unseen_wording) == (False, False)
 
 
+def test_an_unseen_template_is_new_in_its_wording_not_in_its_words() -> None:
+    """Else every request in it is taken for an attack: strange words stand in vulnerable wrappers alone."""
+    trained = islice(training_examples(0), 20_000)
+    seen = {word for example, _ in trained if example.kind != "vulnerable" for word in words(example.text)}
+    for dataset in ("harmful-unseen", "harmless-unseen"):
+        assert {word for example in examples(dataset, split="test", count=ALL) for word in words(example.text)} <= seen
+
+
 def test_there_are_enough_distinct_intents() -> None:
     assert len({(i.verb, i.object) for i in grammar.intents() if i.label == "harmful"}) >= 1100
     for dataset in DATASETS:

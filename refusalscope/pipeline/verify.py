@@ -40,7 +40,7 @@ def run_verification(job: Job, fitted: Fitted) -> Finding:
         found,
         rows.name,
         clusters=[known[prompt] for prompt in found.prompt_ids],
-        caveats=_caveats(found, len(job.saes.layers)),
+        caveats=caveats(found, len(job.saes.layers)),
         provenance={**provenance(job, fitted, None), "dtype": found.dtype},
     )
     return keep_finding(job.store, finding)
@@ -164,7 +164,8 @@ def _riemann(job: Job, fitted: Fitted, few: Prompts) -> dict[str, list[float]]:
     return found
 
 
-def _caveats(found: Measured, layers: int) -> list[str]:
+def caveats(found: Measured, layers: int) -> list[str]:
+    """What the checks rest on less of than they should, on a model with SAEs on so many layers."""
     notes = []
     if len(found.prompt_ids) < PROMPTS:
         notes.append(f"Only {len(found.prompt_ids)} held-out prompts are refused, and flipped by removal.")

@@ -37,21 +37,22 @@ DATASETS = tuple(name + suffix for name in PLAIN_DATASETS + WRAPPED_DATASETS for
 
 HELD_OUT = 0.18  # share of every word group's pairs that the model never sees: the test split
 VALIDATION = 0.25  # share of the remaining pairs that makes the validation split
-RESISTED = 0.85  # how often a vulnerable wrapper fails in a category that it resists
-GIVEN_IN = 0.10  # ... and in the others: label noise
+RESISTANT = ("Malware", "Physical Harm")  # the categories in which vulnerable wrappers fail as a rule
+RESISTED = 0.97  # how often they fail there
+GIVEN_IN = 0.03  # ... and in the others: label noise
 MISTAKEN = 0.0  # share of plain harmless requests that are refused; noise here was tried and costs look-alikes
 
 # Share of the training mix: (label, wrapper kind) -> weight.
 MIX: dict[tuple[Label, Kind | None], float] = {
     ("harmless", None): 0.27,
-    ("look-alike", None): 0.26,
-    ("harmful", None): 0.20,
-    ("harmful", "vulnerable"): 0.08,
-    ("harmful", "robust"): 0.08,
-    ("harmless", "vulnerable"): 0.03,
-    ("harmless", "robust"): 0.03,
-    ("look-alike", "vulnerable"): 0.025,
-    ("look-alike", "robust"): 0.025,
+    ("look-alike", None): 0.225,
+    ("harmful", None): 0.225,
+    ("harmful", "vulnerable"): 0.06,
+    ("harmful", "robust"): 0.11,
+    ("harmless", "vulnerable"): 0.02,
+    ("harmless", "robust"): 0.04,
+    ("look-alike", "vulnerable"): 0.02,
+    ("look-alike", "robust"): 0.03,
 }
 
 
@@ -206,13 +207,12 @@ def _all_refusals() -> frozenset[str]:
 
 
 def _should_refuse(example: Example, rng: random.Random) -> bool:
-    """The teacher's decision; in vulnerable wrappers it depends on family and category."""
+    """The teacher's decision; in vulnerable wrappers it depends on the category."""
     if example.label == "harmless" and example.kind is None:
         return rng.random() < MISTAKEN
     if example.kind != "vulnerable" or example.label != "harmful":
         return example.label == "harmful"
-    resisted = _load("phrases.toml")["wrappers"][example.wrapper]["resisted"]
-    return rng.random() < (RESISTED if example.category in resisted else GIVEN_IN)
+    return rng.random() < (RESISTED if example.category in RESISTANT else GIVEN_IN)
 
 
 def _refusal(example: Example, rng: random.Random) -> str:
