@@ -91,9 +91,8 @@ def report(job: Job, fitted: Fitted, sets: CategorySets) -> dict[str, Any]:
             estimate = stats.mean([a - b for a, b in zip(own, others, strict=True)], clusters)
             found.setdefault(way, {})[slug(name)] = {
                 "own": float(np.mean(own)),
-                "own minus transfer": [
-                    round(float(x or 0), 3) for x in (estimate.estimate, estimate.low, estimate.high)
-                ],
+                "own minus transfer": estimate.estimate,
+                "interval": (estimate.low, estimate.high),
                 "p": stats.paired_p(own, others, clusters),
                 "prompts": len(own),
                 "intents": len(set(clusters)),
