@@ -260,7 +260,7 @@ def test_report_names_no_place_and_no_time() -> None:
 
 TINY = Recipe(
     vocabulary=600, layers=2, width=32, heads=2, mlp_width=48, helpful_steps=5, refusal_steps=7, batch=4, warm_up=3,
-    checkpoint_every=4, sae_width=64, sae_active=8, sae_tokens=3000, sae_steps=6, sae_batch=64,
+    kind_layer=1, checkpoint_every=4, sae_width=64, sae_active=8, sae_tokens=3000, sae_steps=6, sae_batch=64,
 )  # fmt: skip
 
 
