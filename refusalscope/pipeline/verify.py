@@ -22,7 +22,8 @@ from refusalscope.studies.verification import Measured
 PROMPTS = 32
 FEW = 8
 """Prompts for the checks whose cost grows with layers times nodes, or with every SAE in memory at once."""
-ORDERS = 8
+ORDERS = 24
+"""In eight the measured effects are so noisy that `sound` ranks .95 with them on the testbed, in 24 orders .98."""
 FINE = 16
 RIEMANN = (4, 8, 16)
 RESIDENT = 2**30
