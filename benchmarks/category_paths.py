@@ -43,9 +43,11 @@ class Norms:
     def __init__(self, model: nn.Module) -> None:
         self.kept: dict[int, Tensor] = {}
         self.mode = "own"
-        for module in model.modules():
-            if type(module).__name__ == "LlamaRMSNorm":
-                module.forward = self._forward(module)
+        norms = [module for module in model.modules() if type(module).__name__ == "LlamaRMSNorm"]
+        if not norms:
+            raise SystemExit(f"{type(model).__name__} has no LlamaRMSNorm: only Llama models can be measured")
+        for module in norms:
+            module.forward = self._forward(module)
 
     def _forward(self, module: Any) -> Any:
         def forward(x: Tensor) -> Tensor:
