@@ -34,6 +34,7 @@ SPLITS = ("train", "validation", "test")
 PLAIN_DATASETS = ("harmful", "harmless", "look-alike")
 WRAPPED_DATASETS = ("robust", "vulnerable")
 DATASETS = tuple(name + suffix for name in PLAIN_DATASETS + WRAPPED_DATASETS for suffix in ("", "-unseen"))
+DISGUISED = ("harmless-wrapped", "harmless-wrapped-unseen")  # harmless requests in wrappers of either kind
 
 HELD_OUT = 0.18  # share of every word group's pairs that the model never sees: the test split
 VALIDATION = 0.25  # share of the remaining pairs that makes the validation split
@@ -113,8 +114,8 @@ def examples(dataset: str, *, split: str, count: int, seed: int = 0) -> list[Exa
 
     A smaller `count` gives the beginning of a larger one. Raises ValueError for an unknown data set or split.
     """
-    if dataset not in DATASETS:
-        raise ValueError(f"unknown testbed data set {dataset!r}; there are: {', '.join(DATASETS)}")
+    if dataset not in DATASETS + DISGUISED:
+        raise ValueError(f"unknown testbed data set {dataset!r}; there are: {', '.join(DATASETS + DISGUISED)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are: {', '.join(SPLITS)}")
     rng = random.Random(f"{dataset}/{split}/{seed}")
@@ -239,11 +240,12 @@ def _answer(example: Example, rng: random.Random) -> str:
 def _draw(dataset: str, split: str, rng: random.Random) -> Iterator[Example]:
     """All examples of a data set in order: every intent once, then every intent with its next template, and so on."""
     name, unseen = dataset.removesuffix("-unseen"), dataset.endswith("-unseen")
-    wrapped = name in WRAPPED_DATASETS
-    label = "harmful" if wrapped else name
+    kinds = WRAPPED_DATASETS if dataset in DISGUISED else (name,) if name in WRAPPED_DATASETS else ()
+    wrapped = bool(kinds)
+    label = "harmful" if name in WRAPPED_DATASETS else name.removesuffix("-wrapped")
     intents = _shuffled_intents(label, split, rng)
     templates = _templates(unseen=unseen and not wrapped)
-    wrappers = _by_family(_wrappers(name, unseen=unseen)) if wrapped else []
+    wrappers = _by_family([wording for kind in kinds for wording in _wrappers(kind, unseen=unseen)])
     orders = [rng.sample(templates, len(templates)) for _ in intents]
     for round_ in range(len(templates)):
         for number, intent in enumerate(intents):
