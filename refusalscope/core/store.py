@@ -13,11 +13,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from refusalscope.core.activations import Activations
 from refusalscope.core.disk import Claim, write_atomically
 from refusalscope.core.scores import Activity, Attribution, Scores, Trace
 from refusalscope.core.types import (
@@ -102,6 +103,12 @@ class Store:
             raise ValueError(f"{file} is missing: is {self.root} a finished run?") from error
         except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise ValueError(f"{file} cannot be read as {kind.__name__}: {error}") from error
+
+    def tensor(self, path: str, name: str, column: int | None = None) -> Tensor:
+        """One tensor of an artifact, or its `[:, column]`, off the memory-mapped file: the rest of it is not read."""
+        with safe_open(self.root / path, "pt") as file:
+            part = file.get_slice(name)
+            return part[:] if column is None else part[:, column]
 
     def paths(self, folder: str, suffix: str) -> list[str]:
         """Artifacts of the manifest below `folder` whose name ends in `suffix`, sorted."""
@@ -241,6 +248,13 @@ def _read_activity(content: bytes) -> Activity:
     return Activity(tuple(rest["layers"]), tuple(rest["sizes"]), tensors["mean"], rest["tokens"])
 
 
+def _read_activations(content: bytes) -> Activations:
+    tensors, rest = _read_tensors(content)
+    lists = {name: tuple(rest.pop(name)) for name in ("prompt_ids", "layers")}
+    features = tuple(Feature(**row) for row in rest.pop("features"))
+    return Activations(features=features, **lists, **rest, **tensors)
+
+
 def _read_slice(content: bytes) -> SaeSlice:
     tensors, rest = _read_tensors(content)
     return SaeSlice(**{**rest, **tensors})
@@ -295,6 +309,7 @@ CODECS: dict[type, Codec] = {
     Activity: (write_tensors, _read_activity),
     Trace: (write_tensors, _read_trace),
     SaeSlice: (write_tensors, _read_slice),
+    Activations: (write_tensors, _read_activations),
     FeatureSet: (_write_features, _read_features),
     Finding: (_write_finding, _read_finding),
     dict: (to_json, _read_object),
