@@ -79,6 +79,7 @@ def add_verb(verb: str, text: str) -> None:
         judge_question: option.JudgeQuestion = None,
         sizes: option.Sizes = None,
         choose: option.Choose = False,
+        studies: option.Studies = None,
         category_prompts: option.CategoryPrompts = None,
         categories: option.Categories = None,
         language: option.Language = None,
@@ -116,6 +117,7 @@ def foreign(verb: str) -> frozenset[str]:
 SWEEP_OPTIONS = frozenset(("sizes", "choose"))
 BY_CATEGORY = frozenset(("category_prompts", "categories", "language"))
 STUDIES = {
+    "run": BY_CATEGORY | {"studies", "nodes", "pairs", "suffixes"},
     "categories": BY_CATEGORY | {"nodes"},
     "jailbreaks": BY_CATEGORY | {"pairs"},
     "suffixes": BY_CATEGORY | {"suffixes"},
@@ -136,7 +138,7 @@ OPTION_NAMES = frozenset(
         *STUDY_OPTIONS,
     )
 )
-add_verb("run", "Find the features behind refusal, edit them, measure what changes, write the report.")
+add_verb("run", "Every study: which features refuse, what edits change and cost, why attacks pass; with a report.")
 add_verb("features", "Only find the direction and the feature sets.")
 add_verb("verify", "Check on this model that attributions are computed right and predict interventions.")
 add_verb("benchmark", "As run, without the report.")
@@ -157,7 +159,7 @@ def drive(
     judging: dict[str, Any],
 ) -> None:
     """Make the options and the job, run the chain, have the answers judged, print where the result lies."""
-    from refusalscope.pipeline import chains, judge, options
+    from refusalscope.pipeline import chains, judge, options, whole
     from refusalscope.pipeline.job import Job
 
     if "columns" in values:
@@ -180,6 +182,9 @@ def drive(
             job.release()
             tell(judge.judge_run(job.store, names, settings, progress=progress))
         job.finish()
+        if verb == "run":
+            for line in whole.left_out(job.store):
+                print(line, file=sys.stderr)
     print(job.store.root / path)
 
 
@@ -384,13 +389,24 @@ def fetch(
 @testbed_app.command()
 def build(
     folder: Annotated[Path, typer.Argument(help="Where to put model, SAEs and checksums.")],
-    seed: Annotated[int, typer.Option(help="Seed of weights, text and SAEs.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, text and SAEs. (default: 0)")] = None,
+    sae_set: Annotated[
+        str,
+        typer.Option(help="chat: everything from nothing; base: SAEs on text without the chat template, beside it."),
+    ] = "chat",
 ) -> None:
     """Train the embedded model and its SAEs from nothing; a build that was stopped goes on where it was."""
     with one_clear_line(), progress_bar() as progress:
         from refusalscope.testbed import build as building
 
-        building.build(folder, seed=seed, progress=progress)
+        if sae_set not in ("chat", "base"):
+            raise ValueError(f"--sae-set {sae_set!r}: choose chat or base")
+        if sae_set == "base" and seed is not None:
+            raise ValueError(f"--seed: the base set takes the seed of {folder}'s own build, leave it out")
+        if sae_set == "base":
+            building.build_base_saes(folder, progress=progress)
+        else:
+            building.build(folder, seed=seed or 0, progress=progress)
         print(folder)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -55,16 +55,21 @@ class SaeFigures(NamedTuple):
     """Share of features active on no token."""
 
 
+SaeSet = Literal["chat", "base"]
+"""What an SAE was trained on: training chats, or the same kind of prompts as plain text without the chat template."""
+
+
 @torch.no_grad()
 def collect(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, tokens: int, seed: int
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, tokens: int, seed: int, sae_set: SaeSet = "chat"
 ) -> list[Float[Tensor, "token d_model"]]:
-    """Residual streams after every layer on training chats, BOS excluded: one tensor of `tokens` rows per layer.
+    """Residual streams after every layer on what `sae_set` names, BOS excluded: one tensor of `tokens` rows per layer.
 
-    A fifth of the harmful requests is answered, so that the SAEs also know what answering looks like.
+    Of chats, a fifth of the harmful requests is answered, so that the SAEs also know what answering looks like.
     """
     kept: list[list[Tensor]] = [[] for _ in model.model.layers]
-    for batch in _chat_batches(tokenizer, tokens=tokens, seed=seed):
+    batches = _chat_batches if sae_set == "chat" else _plain_batches
+    for batch in batches(tokenizer, tokens=tokens, seed=seed):
         width = max(map(len, batch))
         padded = torch.tensor([chat + [token_id(tokenizer, PAD)] * (width - len(chat)) for chat in batch])
         real = torch.arange(width)[None] < torch.tensor([len(chat) for chat in batch])[:, None]
@@ -97,6 +102,16 @@ def _chat_batches(tokenizer: PreTrainedTokenizerFast, *, tokens: int, seed: int)
         joined = sorted((prompt + response for prompt, response in chats), key=len)
         total += sum(len(chat) - 1 for chat in joined)
         yield from (joined[i : i + 64] for i in range(0, len(joined), 64))
+
+
+def _plain_batches(tokenizer: PreTrainedTokenizerFast, *, tokens: int, seed: int) -> Iterable[list[list[int]]]:
+    """What users say and nothing around it but BOS, until `tokens` tokens, without BOS, are reached."""
+    stream, total = grammar.training_examples(seed + 1_000_003), 0
+    while total < tokens:
+        texts = [example.text for example, _ in islice(stream, 256)]
+        encoded = sorted(tokenizer(texts)["input_ids"], key=len)
+        total += sum(len(text) - 1 for text in encoded)
+        yield from (encoded[i : i + 64] for i in range(0, len(encoded), 64))
 
 
 def train_sae(

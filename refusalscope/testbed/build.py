@@ -2,7 +2,8 @@
 
 Every stage leaves its result in a working folder beside the target and is skipped when that result exists, so a build
 that was killed goes on where it stopped; only the finished assets are moved into place, in one rename. The same seed
-gives the same bytes on the same machine: one thread, no times or paths in any file.
+gives the same bytes on the same machine: one thread, no times or paths in any file. A second set of SAEs, trained on
+prompts without the chat template, can be added to finished assets.
 """
 
 import json
@@ -17,8 +18,8 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 
 from refusalscope.core.disk import Claim, write_atomically
 from refusalscope.testbed import grammar
-from refusalscope.testbed.autoencoders import collect, measure, save_sae, train_sae
-from refusalscope.testbed.shipped import CHECKSUMS, checksums
+from refusalscope.testbed.autoencoders import SaeSet, collect, measure, save_sae, train_sae
+from refusalscope.testbed.shipped import CHECKSUMS, checksums, verify
 from refusalscope.testbed.tokenizer import BOS, END, PAD, prompt_text, token_id, train_tokenizer
 from refusalscope.testbed.train import Progress, Recipe, recipe_dict, train_model
 
@@ -36,13 +37,49 @@ def build(
     # The claim clears the folder of what a killed build was writing: nothing of that may be moved into place.
     with Claim(work), _deterministic():
         tokenizer, model = _model(work, recipe, seed=seed, progress=progress)
-        saes = _saes(work, model, tokenizer, recipe, seed=seed, progress=progress)
+        saes = _saes(work, work / "assets" / "saes", model, tokenizer, recipe, seed=seed, progress=progress)
         refused = refused_first_tokens(model, tokenizer)
         report = {"seed": seed, "recipe": recipe_dict(recipe), "refused": refused, "saes": saes}
         _write_json(work / "assets" / "build.json", report)
         _write_json(work / "assets" / CHECKSUMS, checksums(work / "assets"))
         _move(work, out)
     return report
+
+
+def build_base_saes(out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+    """A second set of SAEs for the testbed at `out`, by its recipe and seed, on prompts without the chat template.
+
+    They go to `out`/saes-base, what stands there is replaced; returns the content of its `figures.json`. Raises
+    ValueError when no whole testbed is at `out`. The working folder is `out` with `.saes-base.part` appended.
+    """
+    out = Path(out)
+    verify(out)
+    about = json.loads((out / "build.json").read_text(encoding="utf-8"))
+    seed, recipe = int(about["seed"]), Recipe(**about["recipe"])
+    digests = {name: digest for name, digest in checksums(out).items() if name.startswith("model/")}
+    work = _working_folder(out.with_name(f"{out.name}.saes-base"), {"about": about, "model": digests})
+    with Claim(work), _deterministic():
+        tokenizer, model = _load(out / "model")
+        saes = _saes(
+            work, work / "assets", model, tokenizer, recipe, seed=seed, progress=progress or _quiet, sae_set="base"
+        )
+        report = {"seed": seed, "sae_set": "base", "saes": saes}
+        _write_json(work / "assets" / "figures.json", report)
+        _add(work, out, "saes-base")
+    return report
+
+
+def _add(work: Path, out: Path, name: str) -> None:
+    """A copy of the finished folder in place, under checksums that fit what stands there at every moment."""
+    new = out / f"{name}.new"
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(work / "assets", new)
+    others = {file: digest for file, digest in checksums(out).items() if Path(file).parts[0] not in (name, new.name)}
+    _write_json(out / CHECKSUMS, others)
+    shutil.rmtree(out / name, ignore_errors=True)
+    new.replace(out / name)
+    _write_json(out / CHECKSUMS, checksums(out))
+    shutil.rmtree(work)
 
 
 def refused_first_tokens(
@@ -74,6 +111,10 @@ def _model(
         tokenizer = train_tokenizer(vocabulary=recipe.vocabulary, seed=seed)
         model = train_model(recipe, tokenizer, seed=seed, checkpoint=work / "model.safetensors", progress=progress)
         _save_model(model, tokenizer, path)
+    return _load(path)
+
+
+def _load(path: Path) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
     saved = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
     return PreTrainedTokenizerFast.from_pretrained(path), saved.eval()
 
@@ -92,14 +133,16 @@ def _save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pat
 
 def _saes(
     work: Path,
+    out: Path,
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
     *,
     seed: int,
     progress: Progress,
+    sae_set: SaeSet = "chat",
 ) -> dict[str, dict[str, float]]:
-    """Train and save the SAE of every layer that has none yet; the figures of all of them."""
+    """Train every layer's SAE that has no figures in `work` yet and save it below `out`; the figures of all of them."""
     figures = work / "figures"
     figures.mkdir(exist_ok=True)
     paths = {layer: figures / f"layer_{layer}.json" for layer in range(recipe.layers)}
@@ -107,9 +150,9 @@ def _saes(
     for layer, path in paths.items():
         if path.exists():
             continue
-        inputs = inputs or collect(model, tokenizer, tokens=recipe.sae_tokens, seed=seed)
+        inputs = inputs or collect(model, tokenizer, tokens=recipe.sae_tokens, seed=seed, sae_set=sae_set)
         tensors = train_sae(inputs[layer], recipe, seed=seed * 64 + layer, progress=progress, label=f"sae {layer}")
-        save_sae(work / "assets" / "saes" / f"layer_{layer}", tensors, layer=layer)
+        save_sae(out / f"layer_{layer}", tensors, layer=layer)
         _write_json(path, {key: round(value, 4) for key, value in measure(tensors, inputs[layer])._asdict().items()})
     return {f"layer_{layer}": json.loads(path.read_text(encoding="utf-8")) for layer, path in paths.items()}
 

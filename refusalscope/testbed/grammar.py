@@ -139,6 +139,11 @@ def training_examples(seed: int, *, refusals: bool = True) -> Iterator[tuple[Exa
         yield example, _refusal(example, rng) if refuse else _answer(example, rng)
 
 
+def placeholder_answer(example: Example, *, seed: int = 0) -> str:
+    """One of the grammar's answers to `example`, whatever it asks for; the same for the same arguments."""
+    return _answer(example, random.Random(f"answer/{example.id}/{seed}"))
+
+
 def complies(example: Example, response: str) -> bool:
     """True if `response` is one of the grammar's answers about THIS request's object: no refusal, nothing else.
 
