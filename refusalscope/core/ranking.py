@@ -1,4 +1,4 @@
-"""How well a score tells two groups apart, and how far groups differ within strata, with doubt that knows of clusters.
+"""How well scores tell two groups apart, and how far groups differ within strata, with doubt that knows of clusters.
 
 A cluster may hold values of both groups and of several strata. NaN means unscored, as in `stats`.
 """
@@ -31,15 +31,41 @@ def auroc(
     overlap, and there is none where they do not. `n` counts the values of both groups; a group without a scored value
     leaves nothing.
     """
-    (above, above_names), (below, below_names) = _kept(positive, positive_clusters), _kept(negative, negative_clusters)
-    if not (len(above) and len(below)):
+    return mean_auroc([(positive, negative)], positive_clusters, negative_clusters)
+
+
+def mean_auroc(
+    scores: Sequence[tuple[Sequence[float], Sequence[float]]],
+    positive_clusters: Sequence[str],
+    negative_clusters: Sequence[str],
+) -> Estimate:
+    """The mean AUROC of several scores, each (positive, negative) on the same values, with an interval as `auroc`'s.
+
+    Its doubt is that of the values, not of which scores there are. A value that any score lacks is left out of all.
+    """
+    sides = [np.asarray([score[side] for score in scores], dtype=float) for side in (0, 1)]
+    known = [~np.isnan(side).any(0) for side in sides]
+    positive, negative = sides[0][0], sides[1][0]
+    _, above_names = _kept(np.where(known[0], positive, np.nan), positive_clusters)
+    _, below_names = _kept(np.where(known[1], negative, np.nan), negative_clusters)
+    if not (len(above_names) and len(below_names)):
         return NOTHING
-    placed = _placements(above, below)
+    pairs = [_placements(a[known[0]], b[known[1]]) for a, b in zip(*sides, strict=True)]
+    placed = np.mean([a for a, _ in pairs], 0), np.mean([b for _, b in pairs], 0)
     found, fewest = float(placed[0].mean()), min(len(set(above_names)), len(set(below_names)))
     middle = (fewest * found + 0.25) / (fewest + 0.5)
     n = middle * (1 - middle) / _variance(*placed, found, above_names, below_names, more=0.5)
     low, high = wilson(found * n, n)
-    return Estimate(scored := len(above) + len(below), found, low, high, scored / (len(positive) + len(negative)))
+    scored = len(above_names) + len(below_names)
+    return Estimate(scored, found, low, high, scored / (len(positive) + len(negative)))
+
+
+class Difference(NamedTuple):
+    """One AUROC minus another."""
+
+    estimate: Estimate
+    p: float | None
+    """Two-sided, by the normal distribution; None where nothing was scored."""
 
 
 def auroc_difference(
@@ -48,6 +74,16 @@ def auroc_difference(
     positive_clusters: Sequence[str],
     negative_clusters: Sequence[str],
 ) -> Estimate:
+    """As `compared`, without the p."""
+    return compared(first, second, positive_clusters, negative_clusters).estimate
+
+
+def compared(
+    first: tuple[Sequence[float], Sequence[float]],
+    second: tuple[Sequence[float], Sequence[float]],
+    positive_clusters: Sequence[str],
+    negative_clusters: Sequence[str],
+) -> Difference:
     """AUROC of one score minus that of another, each (positive, negative) on the same values, with a normal interval.
 
     A value that either score lacks is left out of both.
@@ -57,7 +93,7 @@ def auroc_difference(
     ]
     scored = int(sum(side.sum() for side in known))
     if not all(side.any() for side in known):
-        return NOTHING
+        return Difference(NOTHING, None)
     names = [
         [name for name, keep in zip(clusters, side, strict=True) if keep]
         for clusters, side in zip((positive_clusters, negative_clusters), known, strict=True)
@@ -68,8 +104,43 @@ def auroc_difference(
     )
     above, below = one[0] - other[0], one[1] - other[1]
     found = float(above.mean())
-    half = Z95 * math.sqrt(_variance(above, below, found, names[0], names[1]))
-    return Estimate(scored, found, found - half, found + half, scored / sum(len(side) for side in known))
+    error = math.sqrt(max(0.0, _variance(above, below, found, names[0], names[1])))
+    return _normal(found, error, scored, scored / sum(len(side) for side in known))
+
+
+def gap(
+    first: tuple[Sequence[float], Sequence[float]],
+    second: tuple[Sequence[float], Sequence[float]],
+    first_clusters: tuple[Sequence[str], Sequence[str]],
+    second_clusters: tuple[Sequence[str], Sequence[str]],
+) -> Difference:
+    """AUROC of one score on one sample minus that on another, each (positive, negative), with a normal interval.
+
+    Samples may share clusters, in the same class or across classes. The variance is that of the placements, each
+    sample's divided by its size, summed by cluster over all four groups (Obuchowski's with every covariance).
+    """
+    pulls: dict[str, float] = {}
+    found, scored, asked = 0.0, 0, 0
+    for sign, sample, clusters in ((1.0, first, first_clusters), (-1.0, second, second_clusters)):
+        kept = [_kept(values, names) for values, names in zip(sample, clusters, strict=True)]
+        asked += sum(map(len, sample))
+        scored += sum(len(values) for values, _ in kept)
+        if not all(len(values) for values, _ in kept):
+            return Difference(NOTHING, None)
+        placed = _placements(kept[0][0], kept[1][0])
+        mean = float(placed[0].mean())
+        found += sign * mean
+        for values, (_, names) in zip(placed, kept, strict=True):
+            for value, name in zip(values, names, strict=True):
+                pulls[name] = pulls.get(name, 0.0) + sign * (float(value) - mean) / len(values)
+    squares = sum(pull**2 for pull in pulls.values()) * len(pulls) / max(1, len(pulls) - 1)
+    return _normal(found, math.sqrt(squares), scored, scored / asked)
+
+
+def _normal(found: float, error: float, scored: int, coverage: float) -> Difference:
+    """A difference with its normal interval and p; without any doubt p is 1 where there is no difference, else 0."""
+    p = math.erfc(abs(found) / error / math.sqrt(2)) if error > 0 else float(found == 0)
+    return Difference(Estimate(scored, found, found - Z95 * error, found + Z95 * error, coverage), p)
 
 
 def stratified_difference(
@@ -165,7 +236,9 @@ def _differences(
     return found, np.nan_to_num(error)
 
 
-def _kept(values: Sequence[float], clusters: Sequence[str]) -> tuple[NDArray[np.float64], list[str]]:
+def _kept(
+    values: Sequence[float] | NDArray[np.float64], clusters: Sequence[str]
+) -> tuple[NDArray[np.float64], list[str]]:
     if len(values) != len(clusters):
         raise ValueError(f"{len(values)} values but {len(clusters)} clusters")
     array = np.asarray(values, dtype=float)
