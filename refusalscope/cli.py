@@ -86,6 +86,8 @@ def add_verb(verb: str, text: str) -> None:
         nodes: option.Nodes = None,
         pairs: option.PairFile = None,
         suffixes: option.SuffixFile = None,
+        against: option.Against = None,
+        documents: option.Documents = None,
     ) -> None:
         said = {key: value for key, value in locals().items() if value is not None}
         given = {key: value for key, value in said.items() if key in OPTION_NAMES}
@@ -121,6 +123,7 @@ STUDIES = {
     "categories": BY_CATEGORY | {"nodes"},
     "jailbreaks": BY_CATEGORY | {"pairs"},
     "suffixes": BY_CATEGORY | {"suffixes"},
+    "health": frozenset(("against", "documents")),
 }
 """Verbs that are given more than the run's own prompts, and by which options."""
 STUDY_OPTIONS = frozenset().union(*STUDIES.values())
@@ -146,6 +149,7 @@ add_verb("categories", "Which features serve all kinds of harm, which one, and w
 add_verb("minimal", "The fewest features whose silence flips each prompt, and which wake up when they are silent.")
 add_verb("jailbreaks", "Which features attacks silence, and whether setting them back brings refusal back.")
 add_verb("suffixes", "Which words of adversarial suffixes silence which features.")
+add_verb("health", "What the SAEs keep of this model, layer by layer, and what a second SAE set keeps.")
 add_verb("sweep", "Try set sizes and strengths on validation prompts: refusal, coherence and cost of each.")
 
 

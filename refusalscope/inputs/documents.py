@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from refusalscope.core.types import Prompt, Prompts
 from refusalscope.inputs.tables import read_table, read_text
+from refusalscope.testbed import grammar
 
 COUNT = 1000
 """How many documents are read at most, from the first that is not blank."""
@@ -57,6 +58,14 @@ def read(where: Path | HubColumn) -> Prompts:
     if not kept:
         raise ValueError(f"--documents {where}: no text is in it")
     rows = (Prompt(f"document-{at}", text, "harmless", source=origin) for at, text in enumerate(kept))
+    return Prompts("documents", tuple(rows))
+
+
+def from_testbed(count: int) -> Prompts:
+    """The testbed's own plain text: held-out harmless requests, each with one of the grammar's answers, and no chat."""
+    drawn = grammar.examples("harmless", split="test", count=count)
+    texts = {example.id: f"{example.text} {grammar.placeholder_answer(example)}" for example in drawn}
+    rows = (Prompt(f"document-{name}", text, "harmless", source="testbed") for name, text in texts.items())
     return Prompts("documents", tuple(rows))
 
 

@@ -111,6 +111,44 @@ def resolve(
     )
 
 
+def other_saes(target: Target, text: str) -> tuple[str, SaeSource]:
+    """A second SAE set for a target's model, and what it is called; layers that the first set lacks are left out.
+
+    `text` is a set that the preset names, another preset of the same model, a folder or repository pattern with
+    {layer}, or a release of SAELens, `release:id` where it holds several SAEs a layer. Raises ValueError, one line,
+    for anything else.
+    """
+    try:
+        name, source = _other(target, text)
+    except ValueError as error:
+        raise ValueError(f"--against {text}: {str(error).replace('--sae-id', f'--against {text}:ID')}") from error
+    shared = sorted(set(source.names) & set(target.saes.names))
+    if not shared:
+        raise ValueError(
+            f"--against {text}: it has SAEs for layers {list(source.names)}, the first set for "
+            f"{list(target.saes.names)}: none is in both"
+        )
+    return name, source.only(shared)
+
+
+def _other(target: Target, text: str) -> tuple[str, SaeSource]:
+    table = presets()
+    own = table.get(target.name, {}).get("sae_sets", {})
+    same = [name for name, preset in table.items() if _path(preset["model"]) == target.model and name != target.name]
+    if text in own:
+        return text, _from_pattern(_path(own[text]))
+    if text in same:
+        return text, _saes(text, table[text], None, None, None)
+    release, colon, pattern = text.partition(":")
+    if "{layer}" in text and not (colon and "/" not in release):
+        return Path(text).parent.name or text, _from_pattern(text)
+    try:
+        return release, releases.from_release(release, pattern if colon else None)
+    except ValueError as error:
+        known = f"; {target.name} has the further sets {', '.join([*own, *same])}" if own or same else ""
+        raise ValueError(f"{error}{known}") from error
+
+
 def _model(name: str, preset: dict[str, Any]) -> str:
     if preset:
         return _path(preset["model"])

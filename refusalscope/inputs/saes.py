@@ -147,6 +147,10 @@ class SaeBank:
             self._open = LayerSae(layer, _prepared(self._loaders[layer](), layer))
         return self._open
 
+    def let_go(self) -> None:
+        """Free the memory of the SAE that is open, for one of another bank."""
+        self._open = None
+
     def check(self, width: int, name: str) -> None:
         """Raise ValueError unless the first layer's SAE fits a model of this width."""
         sae = self.layer(self.layers[0])
