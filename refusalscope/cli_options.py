@@ -98,6 +98,14 @@ JudgeQuestion = Annotated[
     str | None,
     typer.Option(help="What a rubric or module:function is asked: refused, harmful, coherent. (default: harmful)"),
 ]
+Studies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--study",
+        help="A study to do beside the benchmark: categories, minimal, jailbreaks, suffixes, probes; none; repeatable. "
+        "(default: all)",
+    ),
+]
 CategoryPrompts = Annotated[
     str | None,
     typer.Option(help="A file with Category and Question, or owner/name. (default: CATQA; the testbed's own)"),
@@ -113,6 +121,20 @@ PairFile = Annotated[
     Path | None,
     typer.Option(
         "--pairs", help="Attacks and their plain forms, CSV or TSV. (default: WildJailbreak; the testbed's wrappers)"
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        help="A second SAE set: one that the preset names, another preset of this model, a folder with {layer}, or a "
+        "release of SAELens or release:ID. (default: none)"
+    ),
+]
+Documents = Annotated[
+    str | None,
+    typer.Option(
+        help="Plain text: a .txt, .jsonl, .json or .csv file, or owner/name@revision:column. (default: none; the "
+        "testbed's own)"
     ),
 ]
 SuffixFile = Annotated[

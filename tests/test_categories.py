@@ -18,6 +18,7 @@ from refusalscope.pipeline import fit, measure
 from refusalscope.pipeline.category_sets import choose_category_sets
 from refusalscope.pipeline.job import Job, Progress
 from refusalscope.pipeline.options import Options
+from refusalscope.pipeline.sizes import WHOLE
 from refusalscope.report import categories as report
 from refusalscope.report import plots
 from refusalscope.studies import categories as study
@@ -268,4 +269,4 @@ def test_the_report_has_every_part(whole: Path) -> None:
     for sentence in report.sentences(finding, Store(whole).read(report.MATRIX, dict)):
         assert escape(sentence) in page
     draws = [r for r in finding.rows if r.metric == "metric_change" and "draw=" in r.setting and r.dataset == "malware"]
-    assert len(draws) % pipeline.DRAWS == 0
+    assert len(draws) % WHOLE.edit_draws == 0

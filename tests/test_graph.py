@@ -20,6 +20,7 @@ from refusalscope.pipeline.figures import write_figures
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.options import Options
+from refusalscope.pipeline.sizes import WHOLE
 from refusalscope.report import graph as words
 from refusalscope.report import plots
 from refusalscope.report.drawing import render
@@ -164,7 +165,7 @@ def test_every_category_has_its_drops_and_twenty_draws_of_every_control(run: Pat
         assert kinds == {
             (k, c) for k in ("specific", "uniform", "activity-matched", "other-candidates") for c in (0, -1)
         }
-        assert len(made.of("uniform", 0.0)) == upstream.DRAWS
+        assert len(made.of("uniform", 0.0)) == WHOLE.drive_draws
         assert len(made.ids) == len(made.before) == len(made.arms[0]["activity"]) == 8
         # What lies above all that drives, or below all that is driven, is not counted.
         assert len(made.scaled) == 2
@@ -214,7 +215,7 @@ def test_too_few_features_of_a_layer_are_taken_and_counted(sets: CategorySets, t
         LayerSurvey(s.layer, s.candidates, torch.zeros_like(s.activation) if s.layer == 2 else s.activation)
         for s in sets.surveys
     ]
-    plan, notes = upstream._plan(Job(OPTIONS, tmp_path), replace(sets, surveys=few), "Malware")
+    plan, notes = upstream._plan(Job(OPTIONS, tmp_path), replace(sets, surveys=few), "Malware", 20)
     assert plan is not None
     assert any("uniform controls hold 1 of 2 features fewer" in note for note in notes)
     assert any("no activity-matched control, layer 2 has no active feature left" in note for note in notes)

@@ -1,6 +1,7 @@
 """What attacks silence: drops equal plain division, what is left out is counted, a kill loses nothing."""
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,17 +10,22 @@ import pytest
 
 from refusalscope.core.store import Store
 from refusalscope.core.types import Feature, Finding, Response, Responses
-from refusalscope.pipeline import restoring
+from refusalscope.pipeline import fit, measure
+from refusalscope.pipeline import jailbreaks as pipeline
 from refusalscope.pipeline.attacks import _outcome
+from refusalscope.pipeline.category_sets import choose_category_sets
+from refusalscope.pipeline.job import Job
+from refusalscope.pipeline.options import Options
+from refusalscope.pipeline.sizes import Sizes
 from refusalscope.report import jailbreaks as told
 from refusalscope.report import plots
 from refusalscope.report.drawing import render
 from refusalscope.studies import jailbreaks
 from refusalscope.studies.jailbreaks import COMMON, FAILED, PROJECTION, RESTORE, SUCCEEDED, Measured, Restored, Seen
-from tests.test_run import _bytes, invoke
+from tests.test_run import _bytes
 
 FEATURES = tuple(Feature(2 + at // 2, 7 * at) for at in range(5))
-SMALL = ["--limit", "14", "--max-new-tokens", "10", "--best-layer", "6"]
+SMALL = Options(limit=14, max_new_tokens=10, best_layer=6)
 
 
 def seen(values: np.ndarray) -> Seen:
@@ -169,14 +175,20 @@ def test_the_page_says_what_the_rows_say(finding: Finding) -> None:
     assert all(render(plot.figure, "svg") for plot in drawn.values())
 
 
-def test_a_study_killed_in_the_middle_ends_as_if_nothing_had_happened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(restoring, "DRAWS", 2)
-    words = ["jailbreaks", "testbed", *SMALL, "--runs", str(tmp_path)]
-    code, _, err = invoke(*words, "--name", "a")
-    assert code == 0, err
+def study_of(folder: Path) -> None:
+    """What the verb does, with fewer draws."""
+    with closing(Job(SMALL, folder)) as job:
+        fitted = fit.fit(job)
+        sets = choose_category_sets(job, fitted)
+        pipeline.run_jailbreaks(job, fitted, sets, sizes=Sizes(restored_draws=2))
+        measure.describe_run(job, fitted)
+        measure.write_report(job.store)
+        job.finish()
+
+
+def test_a_study_killed_in_the_middle_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     folder = tmp_path / "a"
+    study_of(folder)
     store = Store(folder)
     finding = store.read("findings/jailbreaks.json", Finding)
     assert finding.find("pairs", COMMON, "auroc", "all pairs") is not None
@@ -186,5 +198,5 @@ def test_a_study_killed_in_the_middle_ends_as_if_nothing_had_happened(
     lost = [path for path in manifest if path.startswith("jailbreaks/restored/random")][::3]
     for path in [*lost, "jailbreaks/seen/adversarial.json", "findings/jailbreaks.json", "report.html"]:
         (folder / path).unlink()
-    assert invoke(*words, "--name", "a")[0] == 0
+    study_of(folder)
     assert _bytes(folder) == first

@@ -223,6 +223,9 @@ CASES += [case(5, 1, least=None), Case("p6", "c6", RANKED, None, None, float("na
 WATCHED = (*RANKED, Feature(1, 0), Feature(1, 1))
 
 
+DRAWS = 20
+
+
 def heard() -> Scores:
     """Feature 1/0 wakes wherever a minimal set is silent, 1/1 in the first five of 20 draws for the whole set."""
     rows: dict[str, list[float]] = {study.condition(study.CLEAN, one.prompt_id): [0.0] * 9 for one in CASES}
@@ -230,7 +233,7 @@ def heard() -> Scores:
         for what in study.silenced_sets(one):
             # The silenced ones seem to wake as well; they do not count.
             rows[study.condition(what, one.prompt_id)] = [1.0] + [0.0] * 6 + [3.0 * (what == study.MINIMAL), 0.0]
-            for draw in range(study.DRAWS):
+            for draw in range(DRAWS):
                 wakes = 2.0 * (what == study.OWN and draw < 5)
                 rows[study.condition(f"{what} draw={draw}", one.prompt_id)] = [0.0] * 8 + [wakes]
     return Scores("activation", tuple(rows), WATCHED, torch.tensor(list(rows.values())))
@@ -238,7 +241,7 @@ def heard() -> Scores:
 
 @pytest.fixture(scope="module")
 def finding() -> Finding:
-    return study.summarise(CASES, heard(), dataset="harmful", k=7, caveats=(), provenance={})
+    return study.summarise(CASES, heard(), dataset="harmful", k=7, draws=DRAWS, caveats=(), provenance={})
 
 
 def value(finding: Finding, method: str, metric: str, setting: str | None = None) -> tuple[int, float]:
@@ -285,7 +288,7 @@ def test_the_report_has_words_and_figures_also_where_nothing_flips(finding: Find
     said = words.sentences(finding)
     assert said[0].startswith("85.7% ")
     assert len(said) == 4
-    nothing = study.summarise(CASES[-1:], heard(), dataset="harmful", k=7, caveats=(), provenance={})
+    nothing = study.summarise(CASES[-1:], heard(), dataset="harmful", k=7, draws=DRAWS, caveats=(), provenance={})
     assert [row.metric for row in nothing.rows] == ["flipped"]
     assert plots.plots(nothing) == {}
     assert words.sentences(nothing)[0].startswith("No harmful prompt")

@@ -28,7 +28,7 @@ from refusalscope.pipeline.options import Options
 from tests import processes, tiny
 from tests.processes import Ended, Running
 
-SMALL = ["--limit", "8", "--factor", "0", "--max-new-tokens", "12", "--k", "5"]
+SMALL = ["--study", "none", "--limit", "8", "--factor", "0", "--max-new-tokens", "12", "--k", "5"]
 STOPPED = f"{LAST_WORDS}\n"
 
 

@@ -13,7 +13,7 @@ from refusalscope.core.store import Store
 from refusalscope.core.types import FeatureSet, Finding, Prompts, Responses
 from refusalscope.testbed import grammar, shipped
 
-SMALL = ["--limit", "8", "--factor", "-1", "--factor", "0", "--max-new-tokens", "40"]
+SMALL = ["--study", "none", "--limit", "8", "--factor", "-1", "--factor", "0", "--max-new-tokens", "40"]
 
 
 def invoke(*arguments: str) -> tuple[int, str, str]:
@@ -173,7 +173,7 @@ def _folder(path: Path, *, harmful: int = 60) -> Path:
 def test_prompts_the_model_does_not_refuse_fall_back_to_its_own(tmp_path: Path) -> None:
     data = _folder(tmp_path / "refusal_direction")
     quick = ["--limit", "8", "--factor", "0", "--max-new-tokens", "12", "--method", "cosine+attribution", "--k", "5"]
-    code, out, _ = _run(tmp_path, "--name", "real", "--prompts", str(data), *quick)
+    code, out, _ = _run(tmp_path, "--name", "real", "--study", "none", "--prompts", str(data), *quick)
     assert code == 0, out
     about = json.loads((tmp_path / "real" / "run.json").read_text())
     assert about["notices"][0].startswith("testbed refuses ")

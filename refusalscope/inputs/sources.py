@@ -34,15 +34,8 @@ def locate(named: str, *, option: str, tags: Sequence[str]) -> Source:
     Where a repository has several tables, the one with a word of `tags` in its path is meant.
     Raises ValueError, one line, when there is no such file or not one alone.
     """
-    path = Path(named)
-    if path.is_file():
+    if path := local(named, option=option):
         return Source(path, path.name, True)
-    if path.exists() or path.suffix.lower() in ENDINGS or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", named):
-        what = "is a folder" if path.is_dir() else "there is no such file"
-        raise ValueError(
-            f"{option} {named}: {what}; write a {', '.join(ENDINGS)} file, or owner/name or owner/name@revision of a "
-            "data set on the Hugging Face hub"
-        )
     repository, _, revision = named.partition("@")
     wanted = revision or PINNED.get(repository)
     try:
@@ -52,6 +45,23 @@ def locate(named: str, *, option: str, tags: Sequence[str]) -> Source:
             raise
         raise ValueError(f"{option}: no file {named} is here, and {error}") from error
     return Source(_table(folder, repository, tags), f"{repository}@{folder.name}", False)
+
+
+def local(named: str, *, option: str) -> Path | None:
+    """The file that `--option` names; None where it names a data set on the hub.
+
+    Raises ValueError, one line, when there is no such file and the name is no repository's.
+    """
+    path = Path(named)
+    if path.is_file():
+        return path
+    if path.exists() or path.suffix.lower() in ENDINGS or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", named):
+        what = "is a folder" if path.is_dir() else "there is no such file"
+        raise ValueError(
+            f"{option} {named}: {what}; write a {', '.join(ENDINGS)} file, or owner/name or owner/name@revision of a "
+            "data set on the Hugging Face hub"
+        )
+    return None
 
 
 def _table(folder: Path, repository: str, tags: Sequence[str]) -> Path:

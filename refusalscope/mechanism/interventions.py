@@ -6,6 +6,7 @@ features and adding the SAE's error back, and encodes K columns instead of d_sae
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -268,11 +269,16 @@ def _activations(part: SaeSlice, features: Sets, rule: Rule, made: Editor) -> Ed
     # keeps more than one layer's.
     placed: dict[torch.device, SaeSlice] = {}
 
+    @lru_cache(maxsize=1)
+    def members(prompt_ids: tuple[str, ...]) -> Tensor:
+        # An answer asks for the same rows token after token.
+        return membership(part, features, prompt_ids)
+
     def edit(residual: Tensor, batch: Batch) -> Tensor:
         here = placed.get(residual.device) or part.to(residual.device)
         if part.active is None:
             placed[residual.device] = here
-        chosen = membership(part, features, batch.prompt_ids).to(residual.device)
+        chosen = members(batch.prompt_ids).to(residual.device)
         own, scale = here.read(residual)
         active = own * scale
         change = (rule(active, scale, batch) - active) * chosen[:, None, :]

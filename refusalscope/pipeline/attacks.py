@@ -15,8 +15,6 @@ from refusalscope.pipeline.measure import make_answers
 from refusalscope.studies import benchmark
 from refusalscope.studies.jailbreaks import FAILED, SUCCEEDED
 
-PAIRS = 300
-"""Pairs asked for, unless --limit says otherwise (the testbed: of each kind of wrapper)."""
 LEFT_OUT = {
     "unrefused": "the plain form is not refused, or not coherently",
     "unclear": "the answer to the attack is incoherent or could not be scored",
@@ -40,10 +38,10 @@ def judge(fitted: Fitted, *, cut_off_counts: bool) -> Judged:
     return partial(rules.judge, refusal_tokens=fitted.direction.refusal_tokens, cut_off_counts=cut_off_counts)
 
 
-def group(job: Job, judged: Judged) -> Grouped:
-    """Load pairs, answer both sides and tell which attacks succeeded; every pair left out is counted."""
+def group(job: Job, judged: Judged, count: int) -> Grouped:
+    """Answer both sides of `count` pairs (or `--limit`), tell which attacks succeeded, and count what is left out."""
     own = job.target.prompts is not None and job.options.prompts is None
-    given = pairs.load(job.options.pairs, own=own, language=job.options.language, count=job.options.limit or PAIRS)
+    given = pairs.load(job.options.pairs, own=own, language=job.options.language, count=job.options.limit or count)
     plain, short = job.within_context(given.plain)
     adversarial, long = job.within_context(given.adversarial)
     twins = {row.id: row for row in plain}

@@ -28,13 +28,11 @@ from refusalscope.pipeline.category_sets import FOLDER, CategorySets, strength
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.measure import judge_answers, keep_finding, make_answers, provenance
+from refusalscope.pipeline.sizes import WHOLE, Sizes
 from refusalscope.pipeline.traces import opening_refused
 from refusalscope.studies import benchmark, categories
 from refusalscope.studies.categories import Arm, Effect, Kind, Measured, Rest
 
-DRAWS = 20
-"""Random sets of each kind; answers are generated under the first few of them."""
-ANSWERED_DRAWS = 3
 BOTH: tuple[Rest, Rest] = ("held", "free")
 CONTROLS: tuple[tuple[Kind, Rest], ...] = (("common", "free"), ("specific", "held"), ("specific", "free"))
 """What random features are like, and what the common ones do meanwhile."""
@@ -45,31 +43,35 @@ Recorded = Mapping[tuple[Feature, ...], Mapping[str, Mapping[int, Held]]]
 """Held set -> prompt id -> layer -> its values there."""
 
 
-def run_categories(job: Job, fitted: Fitted, sets: CategorySets) -> Finding:
+def run_categories(job: Job, fitted: Fitted, sets: CategorySets, *, sizes: Sizes = WHOLE) -> Finding:
     """Measure every edit on every category and write `findings/categories.json`."""
-    random, notes = _random(job, sets)
+    random, notes = _random(job, sets, sizes.edit_draws)
     arms = {name: list(_arms(name, sets, random, strength(job))) for name in sets.whole}
     wanted = layers_of([*sets.whole.values(), *(chosen for made in random.values() for chosen in made)])
     slices = cache(lambda: job.saes.slices(wanted))
     measured = []
     for done, name in enumerate(sets.whole):
         job.progress(f"categories: edits on {slug(name)}", done, len(sets.whole))
-        measured.append(_measure(job, fitted, name, sets.prompts.test[name], arms[name], slices))
+        answered = [arm for arm in arms[name] if _is_answered(arm, sizes.answered_draws)]
+        measured.append(_measure(job, fitted, name, sets.prompts.test[name], arms[name], answered, slices))
     category_matrix.keep_matrix(job, sets)
     finding = categories.summarise(
         measured,
         served=[category_matrix.served(sets, name) for name in sets.whole],
         size=sets.size,
-        caveats=(*fitted.notes, *fitted.direction.caveats, *sets.notes, *notes),
+        caveats=(
+            *sizes.caveats("categories", job.options),
+            *(*fitted.notes, *fitted.direction.caveats, *sets.notes, *notes),
+        ),
         provenance=provenance(job, fitted, None) | {"categories": {n: fingerprint(s) for n, s in sets.whole.items()}},
     )
     return keep_finding(job.store, finding)
 
 
-def _random(job: Job, sets: CategorySets) -> tuple[dict[tuple[Kind, str], list[FeatureSet]], list[str]]:
+def _random(job: Job, sets: CategorySets, draws: int) -> tuple[dict[tuple[Kind, str], list[FeatureSet]], list[str]]:
     """Kind and category -> random sets like its subset, or none with a note why; no set or candidate is in them."""
     # The common features are the same for every category: drawn for once.
-    draw = cache(lambda like: sets.random_like(like, seed=job.options.seed, draws=DRAWS if sets.size else 0))
+    draw = cache(lambda like: sets.random_like(like, seed=job.options.seed, draws=draws if sets.size else 0))
     made: dict[tuple[Kind, str], list[FeatureSet]] = {}
     notes = {}
     for name in sets.whole:
@@ -110,17 +112,25 @@ def _arm(
     return Arm(method, kind, scaled, c, other if rest == "held" else None, rest, draw)
 
 
-def _is_answered(arm: Arm) -> bool:
+def _is_answered(arm: Arm, draws: int) -> bool:
     """Whether answers are generated under an arm: of the many controls a few alone, they cost the most."""
     if arm.method.startswith("from "):
         wanted = (arm.kind, arm.rest) == ("specific", "held")
     else:
-        wanted = arm.draw is None or (arm.draw < ANSWERED_DRAWS and (arm.kind, arm.rest) in CONTROLS[:2])
+        wanted = arm.draw is None or (arm.draw < draws and (arm.kind, arm.rest) in CONTROLS[:2])
     return wanted and len(arm.scaled) > 0
 
 
-def _measure(job: Job, fitted: Fitted, name: str, rows: Prompts, arms: Sequence[Arm], slices: Slices) -> Measured:
-    """What every arm does to a category's prompts."""
+def _measure(
+    job: Job,
+    fitted: Fitted,
+    name: str,
+    rows: Prompts,
+    arms: Sequence[Arm],
+    wanted: Sequence[Arm],
+    slices: Slices,
+) -> Measured:
+    """What every arm does to a category's prompts, and what is answered under those that are `wanted`."""
     found = job.store.get(
         f"{FOLDER}/{slug(name)}/effects.json",
         job.key("categories", fitted.direction, rows, arms),
@@ -130,7 +140,7 @@ def _measure(job: Job, fitted: Fitted, name: str, rows: Prompts, arms: Sequence[
     used = rows.keep(found["ids"])
     unedited = make_answers(job, used, benchmark.BASE, {})
     judged = partial(judge_answers, job, fitted, used, cut_off_counts=rules.ordinarily_ends(unedited))
-    answers, wanted = [], [arm for arm in arms if _is_answered(arm)]
+    answers = []
     for done, arm in enumerate(wanted):
         job.progress(f"categories: answering {used.name}, {_label(arm)}", done, len(wanted))
         answers.append((arm, judged(_answers(job, used, arm, slices), _label(arm))))

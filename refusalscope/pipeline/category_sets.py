@@ -21,6 +21,7 @@ from refusalscope.mechanism.features import LayerSurvey
 from refusalscope.mechanism.reading import assemble, layer_entries
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
+from refusalscope.pipeline.sizes import WHOLE, Sizes
 from refusalscope.pipeline.traces import make_traces, opening_refused, refused_prompts
 
 FOLDER = "categories"
@@ -77,12 +78,12 @@ def strength(job: Job) -> float:
     return given[0] if given else 0.0 if published is None else published
 
 
-def choose_category_sets(job: Job, fitted: Fitted) -> CategorySets:
+def choose_category_sets(job: Job, fitted: Fitted, *, sizes: Sizes = WHOLE) -> CategorySets:
     """Fit every category that is not fitted yet, and compare their sets.
 
     Raises ValueError, one line, where fewer than two categories are refused often enough.
     """
-    given = _prompts(job)
+    given = _prompts(job, sizes.category_prompts)
     fits: dict[str, _Fit] = {}
     notes = [*given.notes]
     for done, (category, rows) in enumerate(given.train.items()):
@@ -98,14 +99,14 @@ def choose_category_sets(job: Job, fitted: Fitted) -> CategorySets:
     return _compared(job, fits, prompts, notes)
 
 
-def _prompts(job: Job) -> Categories:
+def _prompts(job: Job, count: int) -> Categories:
     """The category prompts that this run is to use, without those too long for the model; kept in the run folder."""
     given = categories.load(
         job.options.category_prompts,
         own=job.target.prompts is not None and job.options.prompts is None,
         names=job.options.categories,
         language=job.options.language,
-        count=job.options.limit or categories.PER_CATEGORY,
+        count=job.options.limit or count,
     )
     _check_names([*given.train.values(), *given.test.values()], job.sets.fitting)
     notes, short = [*given.notes], []

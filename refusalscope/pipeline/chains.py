@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 
+from refusalscope.inputs import sources
 from refusalscope.pipeline import (
     categories,
     category_sets,
     explain,
     fit,
     graph,
+    health,
     jailbreaks,
     measure,
     minimal,
@@ -15,15 +17,20 @@ from refusalscope.pipeline import (
     suffixes,
     sweep,
     verify,
+    whole,
 )
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.options import Options
 
 
-def _reported(job: Job, fitted: Fitted) -> str:
-    """Describe what the run folder now holds and write its page; the page's path."""
-    measure.describe_run(job, fitted)
+def _reported(job: Job, fitted: Fitted, *done: str) -> str:
+    """Describe what the run folder now holds and write its page; the page's path.
+
+    Studies that are done are no longer left out.
+    """
+    whole.keep_reasons(job.store, dict.fromkeys(done))
+    measure.describe_run(job, fitted, whole.left_out(job.store))
     return measure.write_report(job.store)
 
 
@@ -32,12 +39,13 @@ def run_chain(job: Job) -> str:
     fitted = fit.fit(job)
     chosen = select.choose_features(job, fitted)
     measure.run_benchmark(job, fitted, chosen)
-    measure.run_health(job, fitted)
+    health.run_health(job, fitted)
     measure.run_attribution(job, fitted, chosen)
     explain.explain_features(job, fitted, chosen)
     explain.explain_prompts(job, fitted, chosen)
     if job.options.full:
         verify.run_verification(job, fitted)
+    whole.run_studies(job, fitted, chosen)
     return _reported(job, fitted)
 
 
@@ -51,7 +59,7 @@ def benchmark_chain(job: Job) -> str:
     """As `run`, without the health of the SAEs and the page."""
     fitted = fit.fit(job)
     measure.run_benchmark(job, fitted, select.choose_features(job, fitted))
-    measure.describe_run(job, fitted)
+    measure.describe_run(job, fitted, whole.left_out(job.store))
     return "findings/benchmark.json"
 
 
@@ -82,20 +90,28 @@ def categories_chain(job: Job) -> str:
     sets = category_sets.choose_category_sets(job, fitted)
     categories.run_categories(job, fitted, sets)
     graph.run_graph(job, fitted, sets)
-    return _reported(job, fitted)
+    return _reported(job, fitted, "categories", "graph")
 
 
 def minimal_chain(job: Job) -> str:
     """The fewest features that flip each prompt, and those that wake up."""
     fitted = fit.fit(job)
     minimal.run_minimal(job, fitted, select.choose_features(job, fitted))
-    return _reported(job, fitted)
+    return _reported(job, fitted, "minimal")
 
 
 def jailbreaks_chain(job: Job) -> str:
     """What attacks silence, on matched pairs."""
     fitted = fit.fit(job)
     jailbreaks.run_jailbreaks(job, fitted, category_sets.choose_category_sets(job, fitted))
+    return _reported(job, fitted, "jailbreaks")
+
+
+def health_chain(job: Job) -> str:
+    """What the SAEs keep of this model, against a second set if one is named."""
+    health.check(job)
+    fitted = fit.fit(job)
+    health.run_health(job, fitted)
     return _reported(job, fitted)
 
 
@@ -103,7 +119,7 @@ def suffixes_chain(job: Job) -> str:
     """What each word of a suffix silences."""
     fitted = fit.fit(job)
     suffixes.run_suffixes(job, fitted, category_sets.choose_category_sets(job, fitted))
-    return _reported(job, fitted)
+    return _reported(job, fitted, "suffixes")
 
 
 CHAINS: Mapping[str, Callable[[Job], str]] = {
@@ -115,6 +131,7 @@ CHAINS: Mapping[str, Callable[[Job], str]] = {
     "minimal": minimal_chain,
     "jailbreaks": jailbreaks_chain,
     "suffixes": suffixes_chain,
+    "health": health_chain,
     "sweep": sweep_chain,
     "choose": choosing_chain,
 }
@@ -125,6 +142,9 @@ STUDIES = ("categories", "minimal", "jailbreaks", "suffixes")
 
 def check(verb: str, options: Options) -> None:
     """Raise ValueError for options that a verb cannot honour, before anything is made."""
+    for name in ("category_prompts", "pairs", "suffixes"):
+        if (named := getattr(options, name)) is not None:
+            sources.local(str(named), option=f"--{name.replace('_', '-')}")
     if verb in STUDIES and options.protocol == "paper":
         raise ValueError(
             f"--protocol paper reproduces the published benchmark alone: leave it out of `{verb}`, or use `run`"

@@ -18,6 +18,7 @@ from refusalscope.pipeline.category_sets import CategorySets, strength
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.measure import keep_finding, provenance
+from refusalscope.pipeline.sizes import WHOLE, Sizes
 from refusalscope.pipeline.upstream import FOLDER, factors, measure_drops, refused
 from refusalscope.report.network import GRAPH
 from refusalscope.report.tokens import visible
@@ -25,19 +26,17 @@ from refusalscope.studies import graph
 from refusalscope.studies.graph import Edges
 
 GRAPHML = f"{FOLDER}/graph.graphml"
-PROMPTS = 64
-"""On which the edges rest, the categories in turn."""
 PROMOTED = 5
 """Tokens named with a node."""
 
 
-def run_graph(job: Job, fitted: Fitted, sets: CategorySets) -> Finding:
+def run_graph(job: Job, fitted: Fitted, sets: CategorySets, *, sizes: Sizes = WHOLE) -> Finding:
     """Measure what drives what and write `findings/graph.json`, the graph and its figure."""
     asked = refused(job, fitted, sets)
-    drops, notes = measure_drops(job, fitted, sets, asked)
+    drops, notes = measure_drops(job, fitted, sets, asked, sizes.drive_draws)
     nodes = choose_nodes(sets, job.options.nodes)
     slices = {layer: sets.slices[layer].take(sorted(some)) for layer, some in layers_of([nodes]).items()}
-    rows = _mixed(asked)
+    rows = _mixed(asked, sizes.edge_prompts)
     found = _measure(job, rows, slices) if len(slices) > 1 and len(rows) else None
     if found is None:
         notes.append("No graph: no two chosen features lie in different layers, or no prompt is refused.")
@@ -46,7 +45,10 @@ def run_graph(job: Job, fitted: Fitted, sets: CategorySets) -> Finding:
     finding = graph.summarise(
         drops,
         found,
-        caveats=(*fitted.notes, *sets.notes, *_unrefused(sets, asked), *notes),
+        caveats=(
+            *sizes.caveats("graph", job.options),
+            *(*fitted.notes, *sets.notes, *_unrefused(sets, asked), *notes),
+        ),
         provenance=provenance(job, fitted, None) | {"nodes": fingerprint(nodes)},
     )
     return keep_finding(job.store, finding)
@@ -87,10 +89,10 @@ def _layers_in_turn(pairs: Sequence[tuple[Feature, float]]) -> list[tuple[Featur
     return [(feature, scores[feature]) for feature in sorted(best, key=lambda f: (places[f], -scores[f], f))]
 
 
-def _mixed(asked: Mapping[str, Prompts]) -> Prompts:
+def _mixed(asked: Mapping[str, Prompts], count: int) -> Prompts:
     """The first prompts of every category in turn."""
     mixed = [row for turn in zip_longest(*asked.values()) for row in turn if row is not None]
-    return Prompts("graph", tuple(mixed[:PROMPTS]))
+    return Prompts("graph", tuple(mixed[:count]))
 
 
 def _measure(job: Job, rows: Prompts, slices: Mapping[int, SaeSlice]) -> Edges:

@@ -21,13 +21,14 @@ from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.measure import keep_finding, make_answers, provenance
 from refusalscope.pipeline.restoring import restore
+from refusalscope.pipeline.sizes import WHOLE, Sizes
 from refusalscope.studies import benchmark, jailbreaks
 from refusalscope.studies.jailbreaks import Measured, Seen
 
 FOLDER = "jailbreaks"
 
 
-def run_jailbreaks(job: Job, fitted: Fitted, sets: CategorySets) -> Finding:
+def run_jailbreaks(job: Job, fitted: Fitted, sets: CategorySets, *, sizes: Sizes = WHOLE) -> Finding:
     """Measure every pair and write `findings/jailbreaks.json`.
 
     Raises ValueError, one line, when all categories share no feature, or no pair is left.
@@ -37,15 +38,18 @@ def run_jailbreaks(job: Job, fitted: Fitted, sets: CategorySets) -> Finding:
     harmless = fitted.data.harmless_validation
     unedited = make_answers(job, harmless, benchmark.BASE, {})
     judged = judge(fitted, cut_off_counts=rules.ordinarily_ends(unedited))
-    grouped = group(job, judged)
+    grouped = group(job, judged, sizes.pairs)
     measured = _measured(job, fitted, sets, grouped)
     answered = dict(zip(harmless.ids, judged(harmless, unedited).score("answered"), strict=True))
     plain_harmless = harmless.keep(name for name, score in answered.items() if score == 1)
-    restored = restore(job, fitted, sets, grouped, plain_harmless, judged)
+    restored = restore(job, fitted, sets, grouped, plain_harmless, judged, sizes)
     finding = jailbreaks.summarise(
         measured,
         restored,
-        caveats=(*fitted.notes, *fitted.direction.caveats, *sets.notes, *grouped.notes),
+        caveats=(
+            *sizes.caveats("jailbreaks", job.options),
+            *(*fitted.notes, *fitted.direction.caveats, *sets.notes, *grouped.notes),
+        ),
         provenance=provenance(job, fitted, None) | {"common": fingerprint(sets.common)},
     )
     told = jailbreaks.explained(restored)

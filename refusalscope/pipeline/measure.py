@@ -18,13 +18,13 @@ from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.options import Options, as_plain
 from refusalscope.pipeline.select import Chosen
 from refusalscope.report import page
-from refusalscope.studies import attribution, benchmark, health
+from refusalscope.studies import attribution, benchmark
 from refusalscope.studies.benchmark import Arm
 
 STRENGTHS = "features/strengths.json"
 REPORT = "report.html"
 REPEATABLE = {"factors": "factor", "methods": "method", "values": "value", "datasets": "dataset"}
-REPEATABLE |= {"categories": "category"}
+REPEATABLE |= {"categories": "category", "studies": "study"}
 """Options that hold several values, each given by a flag in the singular."""
 
 
@@ -59,32 +59,6 @@ def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
     return keep_finding(job.store, finding)
 
 
-def run_health(job: Job, fitted: Fitted) -> Finding:
-    """Reconstruction quality of the SAEs on harmless prompts with the model's own answers."""
-    rows = fitted.data.harmless_validation
-    answers = make_answers(job, rows, benchmark.BASE, {})
-    measured = job.store.get(
-        "health.json",
-        job.key("health", rows, answers),
-        dict,
-        lambda: {
-            "layers": [
-                layer._asdict()
-                for layer in capability.health(
-                    job.model,
-                    job.saes,
-                    rows,
-                    {row.prompt_id: row for row in answers.rows},
-                    batch_size=job.size("health"),
-                    progress=job.progress,
-                )
-            ]
-        },
-    )
-    layers = [capability.LayerHealth(**layer) for layer in measured["layers"]]
-    return keep_finding(job.store, health.summarise(layers, rows.name, provenance=provenance(job, fitted, None)))
-
-
 def run_attribution(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
     """Where along the layers attribution falls, and how much the SAEs' error term carries."""
     totals = job.store.read("attributions/layers.json", dict)
@@ -108,19 +82,20 @@ def rewrite_report(store: Store) -> str | None:
     return write_report(store) if (store.root / REPORT).is_file() else None
 
 
-def describe_run(job: Job, fitted: Fitted) -> None:
-    """Write `run.json`: what the report says of the run as a whole, first things first."""
+def describe_run(job: Job, fitted: Fitted, left_out: Sequence[str] = ()) -> None:
+    """Write `run.json`: what the report says of the run as a whole, first things first; what is missing among them."""
     standing = {path.removeprefix("findings/") for path in job.store.paths("findings", ".json")}
     finding = job.store.read("findings/benchmark.json", Finding) if "benchmark.json" in standing else None
     # Named by what the folder holds, not by what ran last: the same results have the same page.
-    studies = (name for name in ("categories", "jailbreaks", "suffixes", "minimal") if f"{name}.json" in standing)
+    names = ("categories", "jailbreaks", "suffixes", "minimal", "health")
+    studies = (name for name in names if f"{name}.json" in standing)
     verb = "sweep" if job.options.sizes else "run" if finding is not None else next(studies, "verify")
     about = {
         "title": f"Why does {job.target.name} refuse?",
         "model": job.target.name,
         "command": command(job.options, job.store.root.name, verb=verb),
         "options": {**as_plain(job.options), "derived": job.derived},
-        "notices": [*refusal_notices(job, finding), *fitted.notes],
+        "notices": [*refusal_notices(job, finding), *left_out, *fitted.notes],
         "versions": versions(),
         "limit_tokens": job.max_new_tokens,
     }

@@ -22,15 +22,12 @@ from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.measure import keep_finding, provenance
 from refusalscope.pipeline.select import Chosen
+from refusalscope.pipeline.sizes import WHOLE, Sizes
 from refusalscope.pipeline.traces import make_traces, opening_refused
 from refusalscope.pipeline.woken import AT_ONCE, FOLDER
 from refusalscope.studies import minimal
 from refusalscope.studies.minimal import Case
 
-PROMPTS = 48
-"""Held-out refused prompts that are searched."""
-ENUMERATED = 20
-"""Prompts whose true minimum is looked for as well: 1350 sets of up to three of 20 features each."""
 MOST_ENUMERATED = 20
 """Features of a prompt's own set beyond which nothing is enumerated."""
 
@@ -57,24 +54,28 @@ class Listed(NamedTuple):
     """Of which so many are refused."""
 
 
-def run_minimal(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
+def run_minimal(job: Job, fitted: Fitted, chosen: Chosen, *, sizes: Sizes = WHOLE) -> Finding:
     """Prune every prompt's own set and write `findings/minimal.json`. Raises ValueError, one line, where it cannot."""
-    listed = _listed(job, fitted)
+    listed = _listed(job, fitted, sizes.minimal_prompts)
     ground = _ground(job, fitted, listed.refused)
-    cases = [case for part in _parts(job, fitted, ground) for case in part]
-    heard = woken.listen(job, ground.prompts, cases, ground.activity, ground.key)
+    cases = [case for part in _parts(job, fitted, ground, sizes.enumerated) for case in part]
+    heard = woken.listen(job, ground.prompts, cases, ground.activity, ground.key, draws=sizes.woken_draws)
     finding = minimal.summarise(
         cases,
         heard,
         dataset=listed.refused.name,
         k=job.options.k,
-        caveats=(*fitted.notes, *fitted.direction.caveats, *_caveats(listed, cases)),
+        draws=sizes.woken_draws,
+        caveats=(
+            *sizes.caveats("minimal", job.options),
+            *(*fitted.notes, *fitted.direction.caveats, *_caveats(listed, cases)),
+        ),
         provenance=provenance(job, fitted, chosen),
     )
     return keep_finding(job.store, finding)
 
 
-def _listed(job: Job, fitted: Fitted) -> Listed:
+def _listed(job: Job, fitted: Fitted, most: int) -> Listed:
     rows = fitted.data.harmful_validation
     ids = job.store.get(
         f"{FOLDER}/refused.json",
@@ -84,7 +85,7 @@ def _listed(job: Job, fitted: Fitted) -> Listed:
     )["ids"]
     if not ids:
         raise ValueError(f"none of {len(rows)} {rows.name} prompts is refused: there is nothing to flip")
-    return Listed(rows.keep(ids)[:PROMPTS], len(rows), len(ids))
+    return Listed(rows.keep(ids)[:most], len(rows), len(ids))
 
 
 def _ground(job: Job, fitted: Fitted, rows: Prompts) -> Ground:
@@ -118,14 +119,14 @@ def _read(job: Job, fitted: Fitted, rows: Prompts, key: str) -> None:
     job.store.put(f"{FOLDER}/scores.safetensors", key, features.prompt_scores(assemble(traces, entries)))
 
 
-def _parts(job: Job, fitted: Fitted, ground: Ground) -> list[list[Case]]:
-    """Every few prompts' cases, made where they do not stand."""
+def _parts(job: Job, fitted: Fitted, ground: Ground, most: int) -> list[list[Case]]:
+    """Every few prompts' cases, made where they do not stand; the first `most` prompts' true minima too."""
     own = features.per_prompt(ground.scores, job.options.k)
     rows, made = ground.prompts, []
     for start in range(0, len(rows), AT_ONCE):
         part = rows[start : start + AT_ONCE]
         job.progress("minimal: pruning", start, len(rows))
-        enumerated = max(0, min(len(part), ENUMERATED - start)) if job.options.k <= MOST_ENUMERATED else 0
+        enumerated = max(0, min(len(part), most - start)) if job.options.k <= MOST_ENUMERATED else 0
         key = job.key("minimal", ground.key, part, job.options.k, enumerated)
         search = partial(_searched, job, fitted, part, own, enumerated)
         found = job.store.get(f"{FOLDER}/found/{start // AT_ONCE:04d}.json", key, dict, search)

@@ -19,7 +19,12 @@ RUN_FILE = "options.toml"
 
 Method = Literal["cosine+attribution", "cosine", "cosine+gradient", "attribution", "activation-difference", "random"]
 METHODS: tuple[Method, ...] = get_args(Method)
-STUDIED = ("category_prompts", "categories", "language", "pairs", "suffixes", "nodes")
+STUDIES = ("categories", "minimal", "jailbreaks", "suffixes", "probes")
+"""What `run` does beside the benchmark, in this order, unless `--study` names some of them or none."""
+STUDIED = (
+    *("studies", "category_prompts", "categories", "language", "pairs", "suffixes", "nodes"),
+    *("against", "documents"),
+)
 """What studies are given beside the run's own prompts: they may share a folder whatever each was given."""
 SWEEP: dict[str, Any] = {"sizes": (10, 20, 30, 40, 50), "factors": (0.0, -1.0, -2.0, -3.0)}
 """The published grid, which a sweep takes where neither command line nor file says otherwise."""
@@ -49,6 +54,8 @@ class Options(BaseModel):
     draws: int | None = Field(default=None, ge=3)
     factors: tuple[FiniteFloat, ...] | None = None
     values: tuple[FiniteFloat, ...] | None = None
+    studies: tuple[str, ...] | None = None
+    """Of `run`: which of STUDIES it does; None: all, `none`: no one."""
     category_prompts: str | None = None
     """Of the studies: where prompts by category come from. None: the testbed's own, for others CATQA."""
     categories: tuple[str, ...] | None = None
@@ -56,6 +63,10 @@ class Options(BaseModel):
     """Of the studies: keep these prompts' language alone; None: CATQA's English, for attacks the model's own."""
     pairs: Path | None = None
     suffixes: Path | None = None
+    against: str | None = None
+    """Of the SAEs' health: a second SAE set to compare with."""
+    documents: str | None = None
+    """Of the SAEs' health: plain text outside any chat. None: the testbed's own; other models have none."""
     nodes: int = Field(default=20, ge=2)
     """Features drawn in the graph of features."""
     refusal_token: tuple[str, ...] = ()
@@ -97,7 +108,17 @@ class Options(BaseModel):
             raise ValueError("--method random is a control of other sets: name one of them too")
         if self.sizes is not None:
             self._sweeps(self.sizes)
+        if self.studies is not None:
+            self._names_studies(self.studies)
         return self
+
+    def _names_studies(self, names: tuple[str, ...]) -> None:
+        if unknown := [name for name in names if name not in (*STUDIES, "none")]:
+            raise ValueError(f"--study {unknown[0]!r}: choose among {', '.join(STUDIES)}, or none")
+        if not names or ("none" in names and len(set(names)) > 1):
+            raise ValueError("--study needs names of studies, or none and nothing else")
+        if self.protocol == "paper" and "none" not in names:
+            raise ValueError("--protocol paper reproduces the published benchmark alone: leave out --study")
 
     def _sweeps(self, sizes: tuple[int, ...]) -> None:
         if not sizes:
@@ -112,6 +133,13 @@ class Options(BaseModel):
         """The set sizes K* that sets are made at, the main one first; a sweep takes the beginnings of its largest."""
         more = (5,) if self.full else (max(self.sizes),) if self.sizes else ()
         return tuple(dict.fromkeys((self.k, *more)))
+
+    @property
+    def wanted_studies(self) -> tuple[str, ...]:
+        """What `run` does beside the benchmark, in the order of STUDIES."""
+        if self.protocol == "paper":
+            return ()
+        return tuple(name for name in STUDIES if self.studies is None or name in self.studies)
 
     @property
     def wanted_methods(self) -> tuple[Method, ...]:

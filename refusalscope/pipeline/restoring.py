@@ -18,14 +18,12 @@ from refusalscope.pipeline.attacks import Grouped
 from refusalscope.pipeline.category_sets import CategorySets
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
+from refusalscope.pipeline.sizes import Sizes
 from refusalscope.studies import benchmark, jailbreaks
 from refusalscope.studies.jailbreaks import SUCCEEDED, Restored
 
 FOLDER = "jailbreaks/restored"
 SLICES = "jailbreaks/slices"
-MOST = 100
-"""Successful attacks that are answered again."""
-DRAWS = 20
 
 
 @dataclass(frozen=True)
@@ -48,16 +46,18 @@ def restore(
     grouped: Grouped,
     harmless: Prompts,
     judged: Callable[[Prompts, Responses], Responses],
+    sizes: Sizes,
 ) -> Restored:
-    """Answer and score up to 100 successful attacks, evenly over families, under every arm."""
-    rows = _evenly(grouped.adversarial.keep(name for name, what in grouped.outcome.items() if what == SUCCEEDED))
+    """Answer and score successful attacks, evenly over families, under every arm."""
+    successful = grouped.adversarial.keep(name for name, what in grouped.outcome.items() if what == SUCCEEDED)
+    rows, draws = _evenly(successful, sizes.restored), sizes.restored_draws
     notes = []
     drawn: list[FeatureSet] = []
     try:
-        drawn = sets.random_like(sets.common, seed=job.options.seed, draws=DRAWS)
+        drawn = sets.random_like(sets.common, seed=job.options.seed, draws=draws)
     except ValueError as error:
         notes.append(f"No matched random features are set back: {error}.")
-    made = _arms(job, sets, grouped, rows, harmless, drawn, notes) if len(rows) else []
+    made = _arms(job, sets, grouped, rows, harmless, drawn, draws, notes) if len(rows) else []
     pool = _pool(job, drawn, sets.slices)
     answers = []
     for done, arm in enumerate(made):
@@ -69,13 +69,13 @@ def restore(
     )
 
 
-def _evenly(rows: Prompts) -> Prompts:
-    """At most MOST prompts, one of each family in turn."""
+def _evenly(rows: Prompts, most: int) -> Prompts:
+    """At most so many prompts, one of each family in turn."""
     families: dict[str, list[Prompt]] = {}
     for row in rows:
         families.setdefault(str(row.details.get("family")), []).append(row)
     turns = chain.from_iterable(zip_longest(*families.values()))
-    chosen = [row.id for row in turns if row is not None][:MOST]
+    chosen = [row.id for row in turns if row is not None][:most]
     return rows.keep(chosen)
 
 
@@ -86,6 +86,7 @@ def _arms(
     rows: Prompts,
     harmless: Prompts,
     drawn: Sequence[FeatureSet],
+    draws: int,
     notes: list[str],
 ) -> list[Arm]:
     """The whole set, single features, the direction, and the controls; what cannot be made is noted."""
@@ -100,7 +101,7 @@ def _arms(
         notes.append("All attacks set back share an intent: no other harmful prompt's values are set.")
     else:
         made.append(Arm("other harmful prompt", jailbreaks.RESTORE, "features", common, others))
-    for draw in range(DRAWS):
+    for draw in range(draws):
         setting = f"{jailbreaks.RESTORE} draw={draw:02d}"
         made.append(Arm("random direction", setting, "random", common, plain, seed + draw))
         if len(harmless):

@@ -24,13 +24,12 @@ from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.measure import keep_finding, make_answers, make_judged, provenance
 from refusalscope.pipeline.select import Chosen
+from refusalscope.pipeline.sizes import WHOLE, Sizes
 from refusalscope.pipeline.traces import make_traces, opening_refused
 from refusalscope.studies import benchmark, suffixes
 from refusalscope.studies.suffixes import Measured
 
 FOLDER = "suffixes"
-GOALS = 100
-"""Goals asked where the options name no number."""
 VIEWS = f"{FOLDER}/views.json"
 """The goals that the report shows word by word."""
 
@@ -41,14 +40,14 @@ class _Asked(NamedTuple):
     notes: list[str]
 
 
-def run_suffixes(job: Job, fitted: Fitted, sets: CategorySets) -> Finding:
+def run_suffixes(job: Job, fitted: Fitted, sets: CategorySets, *, sizes: Sizes = WHOLE) -> Finding:
     """Measure every goal and write `findings/suffixes.json`.
 
     Raises ValueError, one line, where no feature serves every category: there is nothing to follow then.
     """
     if not len(sets.common):
         raise ValueError("no feature is in every category's set: try a larger --k, or fewer categories")
-    asked = _asked(job)
+    asked = _asked(job, sizes.goals)
     answered = _judged(job, fitted, asked.goals)
     refused = [a * b for a, b in zip(answered.score("refused"), answered.score("coherent"), strict=True)]
     alone = {prompt.id for prompt, score in zip(asked.goals, refused, strict=True) if score == 1}
@@ -69,17 +68,20 @@ def run_suffixes(job: Job, fitted: Fitted, sets: CategorySets) -> Finding:
         harmless=_harmless(job, fitted, sets),
     )
     _keep_views(job, found)
-    notes = (*fitted.notes, *fitted.direction.caveats, *sets.notes, *asked.notes)
+    notes = (
+        *sizes.caveats("suffixes", job.options),
+        *(*fitted.notes, *fitted.direction.caveats, *sets.notes, *asked.notes),
+    )
     made_from = {**provenance(job, fitted, None), "features": {"common": fingerprint(sets.common)}}
     return keep_finding(job.store, suffixes.summarise(found, caveats=notes, provenance=made_from))
 
 
-def _asked(job: Job) -> _Asked:
+def _asked(job: Job, count: int) -> _Asked:
     """Goals, and every goal with each of its suffixes; kept in the run folder."""
     given = suffix_rows.load(
         job.options.suffixes,
         own=job.target.prompts is not None and job.options.prompts is None,
-        count=job.options.limit or GOALS,
+        count=job.options.limit or count,
     )
     named = Prompts("suffix-goals", given.goals.rows)
     goals, long = job.within_context(named)
@@ -190,7 +192,7 @@ def _harmless(job: Job, fitted: Fitted, sets: CategorySets) -> float:
         refused = opening_refused(job, fitted, plain, size=job.size("suffixes"))
         return _read(job, fitted, sets, plain.keep(set(plain.ids) - set(refused.ids)), _harm(sets, None))
 
-    key = job.key("suffixes", plain, sets.common, fitted.direction)
+    key = job.key("suffixes", plain, sets.common, _harm(sets, None), fitted.direction)
     return float(_reading(job.store.get(f"{FOLDER}/harmless.json", key, dict, read)).projection.double().mean())
 
 

@@ -21,8 +21,6 @@ from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.traces import refused_prompts
 from refusalscope.studies.graph import SPECIFIC, Arm, Drops
 
-DRAWS = 20
-"""Of each kind of control."""
 FOLDER = "graph"
 
 
@@ -54,15 +52,18 @@ def refused(job: Job, fitted: Fitted, sets: CategorySets) -> dict[str, Prompts]:
 
 
 def measure_drops(
-    job: Job, fitted: Fitted, sets: CategorySets, prompts: Mapping[str, Prompts]
+    job: Job, fitted: Fitted, sets: CategorySets, prompts: Mapping[str, Prompts], draws: int
 ) -> tuple[list[Drops], list[str]]:
-    """Every category's drops on these prompts, read where they stand; and which categories or controls have none."""
+    """Every category's drops on these prompts, read where they stand; and which categories or controls have none.
+
+    Of each kind of control there are as many `draws`.
+    """
     plans, notes, made = {}, [], []
     for category, rows in prompts.items():
         if not len(rows):
             notes.append(f"{category}: no held-out prompt is refused.")
             continue
-        plan, more = _plan(job, sets, category)
+        plan, more = _plan(job, sets, category, draws)
         notes += more
         plans |= {} if plan is None else {category: plan}
 
@@ -84,7 +85,7 @@ def measure_drops(
     return made, notes
 
 
-def _plan(job: Job, sets: CategorySets, category: str) -> tuple[Plan | None, list[str]]:
+def _plan(job: Job, sets: CategorySets, category: str, draws: int) -> tuple[Plan | None, list[str]]:
     """None, and why, where no feature of the one kind lies below one of the other."""
     specific, common = sets.specific[category], sets.common
     highest = max((feature.layer for feature in common.features), default=-1)
@@ -96,7 +97,7 @@ def _plan(job: Job, sets: CategorySets, category: str) -> tuple[Plan | None, lis
     arms, notes = [(SPECIFIC, None, upstream)], []
     for kind, draw in _controls(job, sets, upstream).items():
         try:
-            drawn = [draw(job.options.seed + number) for number in range(DRAWS)]
+            drawn = [draw(job.options.seed + number) for number in range(draws)]
         except ValueError as error:
             notes.append(f"{category}: no {kind} control, {error}.")
             continue

@@ -13,7 +13,7 @@ from refusalscope.mechanism import features, silencing
 from refusalscope.mechanism.features import LayerSurvey
 from refusalscope.mechanism.minimal import Question
 from refusalscope.pipeline.job import Job
-from refusalscope.studies.minimal import CLEAN, DRAWS, Case, condition, silenced_sets
+from refusalscope.studies.minimal import CLEAN, Case, condition, silenced_sets
 
 FOLDER = "minimal"
 AT_ONCE = 8
@@ -22,16 +22,16 @@ Drawn = Mapping[str, Sequence[FeatureSet]]
 """Prompt id -> random counterparts of its own set, feature by feature, one a draw."""
 
 
-def listen(job: Job, rows: Prompts, cases: Sequence[Case], activity: Activity, ground: str) -> Scores:
+def listen(job: Job, rows: Prompts, cases: Sequence[Case], activity: Activity, ground: str, *, draws: int) -> Scores:
     """A row for each prompt and condition, a column for each candidate that is watched."""
-    key = job.key("minimal", "woken", ground, list(cases), job.options.seed)
+    key = job.key("minimal", "woken", ground, list(cases), job.options.seed, draws)
     paths = []
     made: list[tuple[Drawn, Mapping[int, SaeSlice]]] = []
 
     def drawn() -> tuple[Drawn, Mapping[int, SaeSlice]]:
         # Only where something is left to be made, and once then.
         if not made:
-            made.append(_drawn(job, cases, activity))
+            made.append(_drawn(job, cases, activity, draws))
         return made[0]
 
     for start in range(0, len(rows), AT_ONCE):
@@ -50,7 +50,7 @@ def candidate_slices(job: Job) -> dict[int, SaeSlice]:
     return {part.layer: part for part in (job.store.read(path, SaeSlice) for path in paths)}
 
 
-def _drawn(job: Job, cases: Sequence[Case], activity: Activity) -> tuple[Drawn, Mapping[int, SaeSlice]]:
+def _drawn(job: Job, cases: Sequence[Case], activity: Activity, count: int) -> tuple[Drawn, Mapping[int, SaeSlice]]:
     """For each flipped prompt's own set random features outside all candidates, matched by layer and activity.
 
     A control for part of the set takes the counterparts of that part.
@@ -61,7 +61,7 @@ def _drawn(job: Job, cases: Sequence[Case], activity: Activity) -> tuple[Drawn, 
     drawn = {}
     for number, case in enumerate(flipped):
         own = FeatureSet("own", case.own, (0.0,) * len(case.own))
-        seeds = range(job.options.seed + DRAWS * number, job.options.seed + DRAWS * (number + 1))
+        seeds = range(job.options.seed + count * number, job.options.seed + count * (number + 1))
         drawn[case.prompt_id] = [features.random_like(own, surveys, excluded, seed=seed) for seed in seeds]
     return drawn, job.saes.slices(layers_of(one for draws in drawn.values() for one in draws))
 

@@ -20,8 +20,6 @@ from refusalscope.mechanism import silencing
 from refusalscope.mechanism.minimal import EXHAUSTED, LARGEST, Least, Pruned
 
 QUESTION = "How few features have to be silent for a prompt to be answered, and which others wake up then?"
-DRAWS = 20
-"""Random sets per prompt and silenced set."""
 CLEAN, MINIMAL, OWN = "clean", "minimal set", "own set"
 LEAST = "least set"
 FAMILY = "features woken, against random silencing"
@@ -61,12 +59,13 @@ def summarise(
     *,
     dataset: str,
     k: int,
+    draws: int,
     caveats: Iterable[str],
     provenance: Mapping[str, Any],
 ) -> Finding:
     """Sizes, memberships and true minima; what wakes up, beside random silencing matched prompt by prompt.
 
-    `activations` hold a row for each `condition` of a prompt: clean, its sets silenced, and DRAWS random ones for each.
+    `activations` hold a row for each `condition` of a prompt: clean, its sets silenced, `draws` random ones for each.
     """
     flipped = [case for case in cases if case.pruned is not None]
     made = _Rows.over(dataset, flipped)
@@ -74,7 +73,7 @@ def summarise(
     rows = [Row(dataset, OWN, "flipped", f"scale c=0 k={k}", *flips)]
     if flipped:
         rows += [*_size_rows(made, flipped), *_least_rows(dataset, flipped), *_inner_rows(dataset, flipped)]
-        rows += [*_member_rows(made, flipped), *_woken_rows(made, flipped, activations)]
+        rows += [*_member_rows(made, flipped), *_woken_rows(made, flipped, activations, draws)]
     notes = [*caveats, *_notes(cases, flipped)]
     return Finding("minimal", QUESTION, tuple(stats.with_holm(rows)), tuple(notes), provenance)
 
@@ -183,7 +182,7 @@ class _Wake(NamedTuple):
         return (found.double() if metric == "woken" else (found > 0).double()).tolist()
 
 
-def _woken_rows(made: _Rows, flipped: Sequence[Case], activations: Scores) -> list[Row]:
+def _woken_rows(made: _Rows, flipped: Sequence[Case], activations: Scores, draws: int) -> list[Row]:
     at = {name: row for row, name in enumerate(activations.prompt_ids)}
     usual = activations.values[[row for name, row in at.items() if name.startswith(f"{CLEAN}@")]].double().mean(0)
 
@@ -197,7 +196,7 @@ def _woken_rows(made: _Rows, flipped: Sequence[Case], activations: Scores) -> li
         )
         own, *random = (
             _wake(values(CLEAN), values(name), usual.float(), hidden)
-            for name in (what, *(f"{what} draw={draw}" for draw in range(DRAWS)))
+            for name in (what, *(f"{what} draw={draw}" for draw in range(draws)))
         )
         for metric in WOKEN:
             rows += _against_random(made, what, metric, own.score(metric), [one.score(metric) for one in random])
