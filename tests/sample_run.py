@@ -8,7 +8,7 @@ from refusalscope.core.store import Store
 from refusalscope.core.types import Direction, Finding, LayerScores, NaN, Prompt, Prompts, Response, Responses, Row
 from refusalscope.report.benchmark_plots import COSTS
 from refusalscope.report.drawing import OUTCOMES
-from refusalscope.report.plots import QUALITIES
+from refusalscope.report.health_plots import QUALITIES
 from refusalscope.report.tables import DIFFERENCES
 
 ATTACK = (

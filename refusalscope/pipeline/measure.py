@@ -11,6 +11,7 @@ from refusalscope.core.store import Store, to_json
 from refusalscope.core.types import Direction, FeatureSet, Finding, Prompts, Responses, SaeSlice
 from refusalscope.evals import capability, rules
 from refusalscope.mechanism.interventions import needed_features
+from refusalscope.pipeline.bearing import keep_bearing
 from refusalscope.pipeline.environment import versions
 from refusalscope.pipeline.figures import write_figures
 from refusalscope.pipeline.fit import Fitted
@@ -71,6 +72,7 @@ def run_attribution(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
 
 def write_report(store: Store) -> str:
     """Figures and page from what the folder holds; returns the page's path. Loads no model."""
+    keep_bearing(store)
     write_figures(store, ["svg"])
     page_text = page.write(store)
     store.keep(REPORT, fingerprint(page_text), page_text)

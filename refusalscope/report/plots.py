@@ -15,7 +15,6 @@ from refusalscope.report.categories_plots import categories
 from refusalscope.report.drawing import (
     BLUE,
     GREY,
-    GRID,
     INK,
     LABELS,
     MUTED,
@@ -35,6 +34,7 @@ from refusalscope.report.drawing import (
     title,
 )
 from refusalscope.report.graph_plots import graph
+from refusalscope.report.health_plots import health
 from refusalscope.report.jailbreaks_plots import jailbreaks
 from refusalscope.report.minimal_plots import minimal
 from refusalscope.report.settings import part
@@ -42,7 +42,6 @@ from refusalscope.report.suffixes_plots import suffixes
 from refusalscope.report.sweep_plots import sweep
 from refusalscope.report.verdict import CORRELATIONS, MOST, least
 
-QUALITIES = {"variance_explained": "variance explained", "cross_entropy_recovered": "cross-entropy recovered"}
 TERMS: Style = {"features": (BLUE, "o"), "candidates": (ORANGE, "^"), "error": (GREY, "s")}
 
 
@@ -68,26 +67,6 @@ def by_part(rows: Iterable[Row], name: str, metrics: Iterable[str]) -> dict[str,
         if row.metric in made and at is not None and row.n:
             made[row.metric].append((float(at), row))
     return {metric: sorted(points, key=lambda point: point[0]) for metric, points in made.items() if points}
-
-
-def _health(finding: Finding) -> dict[str, Plot]:
-    """One panel a measure, one mark and whisker a layer."""
-    by_metric = by_part(finding.rows, "layer", QUALITIES)
-    if not by_metric:
-        return {}
-    figure, made = panels([1.45] * len(by_metric), left=0.62, top=0.55, bottom=0.5, gap=0.55)
-    for axes, (metric, points) in zip(made, by_metric.items(), strict=True):
-        low, high = span(row for _, row in points)
-        curve(axes, points, BLUE, "o")
-        axes.set_title(QUALITIES[metric], loc="left", fontsize=9.5)
-        axes.set_ylim(low - 0.03 * (max(high, 1) - low), max(high, 1) + 0.03 * (max(high, 1) - low))
-        number_ticks(axes, (layer for layer, _ in points))
-        axes.axhline(1, color=GRID, linewidth=0.8, zorder=0)
-        axes.axhline(0, color=MUTED, linewidth=0.8, zorder=0)
-    made[-1].set_xlabel("layer")
-    title(figure, "reconstruction by the SAEs")
-    caption = "What each layer’s SAE keeps of the residual stream, with 95% intervals; 1 is everything."
-    return {"health-reconstruction": Plot(caption, figure)}
 
 
 def _attribution(finding: Finding) -> dict[str, Plot]:
@@ -180,7 +159,7 @@ def _expectation(axes: Axes, limit: float | None, place: int) -> None:
 DRAWERS: Mapping[str, Callable[[Finding], dict[str, Plot]]] = {
     "benchmark": benchmark,
     "safety": bars.safety,
-    "health": _health,
+    "health": health,
     "attribution": _attribution,
     "verification": _verification,
     "sweep": sweep,

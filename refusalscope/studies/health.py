@@ -21,6 +21,8 @@ FIRST = "sae"
 """The set whose features all other studies read."""
 TEMPLATE, DIRECTION = "template tokens", "refusal direction"
 """Data sets of a row: the template's tokens in the same chats; the prompts that the direction was fitted on."""
+BEARING = "health/bearing.json"
+"""Where a run folder keeps what the verdicts mean for its feature sets."""
 RESAMPLES = 2000
 TRUSTED: Mapping[str, float] = {
     "variance_explained": 0.7,
@@ -85,13 +87,14 @@ def summarise(layers: Sequence[Layer], *, caveats: Sequence[str] = (), provenanc
 
 
 def verdicts(finding: Finding) -> list[Trust]:
-    """One verdict per layer and set, from the rows on chats and the direction's cosine; layers ascending."""
+    """One verdict per layer and set, from the rows on chats and the direction's cosine; layer by layer."""
     chats = next((row.dataset for row in finding.rows if row.dataset not in (TEMPLATE, DIRECTION)), "")
     judged: dict[tuple[str, int], list[Row]] = {}
     for row in finding.rows:
         if row.dataset in (chats, DIRECTION) and row.metric in TRUSTED:
             judged.setdefault((row.method, int(row.setting.removeprefix("layer="))), []).append(row)
-    return [_verdict(name, layer, rows) for (name, layer), rows in judged.items()]
+    found = sorted(judged.items(), key=lambda item: item[0][1])
+    return [_verdict(name, layer, rows) for (name, layer), rows in found]
 
 
 def bearing(finding: Finding, sets: Mapping[str, FeatureSet]) -> list[str]:
