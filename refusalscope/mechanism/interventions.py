@@ -253,14 +253,16 @@ def _recalled(
     active: Tensor, batch: Batch, held: Mapping[str, Mapping[int, Held]], layer: int, decoding: str
 ) -> Float[Tensor, "prompt position k"]:
     """The held values at prompt positions; at positions of the answer their mean, or what is there."""
+    given = (batch.roles != Role.PADDING) & (batch.roles != Role.RESPONSE)
+    if decoding != "mean" and not given.any():
+        return active  # a token of the answer
     recalled = active.clone()
     for row, name in enumerate(batch.prompt_ids):
-        roles = batch.roles[row]
-        inside = (roles != Role.PADDING) & (roles != Role.RESPONSE)
+        inside = given[row]
         if inside.any():
             recalled[row, inside] = held[name][layer].values.to(active)
         if decoding == "mean":
-            recalled[row, roles == Role.RESPONSE] = held[name][layer].mean.to(active)
+            recalled[row, batch.roles[row] == Role.RESPONSE] = held[name][layer].mean.to(active)
     return recalled
 
 

@@ -52,7 +52,7 @@ def run_categories(job: Job, fitted: Fitted, sets: CategorySets, *, sizes: Sizes
     measured = []
     for done, name in enumerate(sets.whole):
         job.progress(f"categories: edits on {slug(name)}", done, len(sets.whole))
-        answered = [arm for arm in arms[name] if _is_answered(arm, sizes.answered_draws)]
+        answered = [arm for arm in arms[name] if _is_answered(arm, sizes)]
         measured.append(_measure(job, fitted, name, sets.prompts.test[name], arms[name], answered, slices))
     category_matrix.keep_matrix(job, sets)
     finding = categories.summarise(
@@ -112,12 +112,12 @@ def _arm(
     return Arm(method, kind, scaled, c, other if rest == "held" else None, rest, draw)
 
 
-def _is_answered(arm: Arm, draws: int) -> bool:
+def _is_answered(arm: Arm, sizes: Sizes) -> bool:
     """Whether answers are generated under an arm: of the many controls a few alone, they cost the most."""
     if arm.method.startswith("from "):
-        wanted = (arm.kind, arm.rest) == ("specific", "held")
+        wanted = sizes.answered_transfers and (arm.kind, arm.rest) == ("specific", "held")
     else:
-        wanted = arm.draw is None or (arm.draw < draws and (arm.kind, arm.rest) in CONTROLS[:2])
+        wanted = arm.draw is None or (arm.draw < sizes.answered_draws and (arm.kind, arm.rest) in CONTROLS[:2])
     return wanted and len(arm.scaled) > 0
 
 

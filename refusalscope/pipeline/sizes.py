@@ -19,6 +19,8 @@ class Sizes:
     """Random sets that the common and the specific features of a category are held against."""
     answered_draws: int = 3
     """Of these the ones that answers are generated under, which costs the most."""
+    answered_transfers: bool = True
+    """Whether answers are generated under the sets of other categories too."""
     drive_draws: int = 20
     """Random sets of each kind that a category's own features are held against where they drive others."""
     edge_prompts: int = 64
@@ -37,18 +39,20 @@ class Sizes:
     """Draws of each random control of a restoration."""
     goals: int = 100
     """Goals that are asked with suffixes."""
+    probe_prompts: int = 2000
+    """Of each class that probes learn from; validation and test sets are in proportion."""
 
     def caveats(self, study: str, options: Options) -> tuple[str, ...]:
         """What a finding must say of its size: nothing where it is whole."""
         whole, mine = asdict(WHOLE), asdict(self)
         cut = [
-            f"{mine[name]} {said} (whole: {whole[name]})"
+            said.format(mine[name], whole[name])
             for name, said in CUT[study].items()
             if mine[name] < whole[name] and not (name in LIMITED and options.limit)
         ]
         if not cut:
             return ()
-        verb = "categories" if study == "graph" else study
+        verb = {"graph": "categories", "probes": "probe"}.get(study, study)
         return (
             f"A small run of the study {study}: {', '.join(cut)}. `refusalscope {verb}` with the same options, or "
             "`run --full`, measures the whole.",
@@ -56,25 +60,50 @@ class Sizes:
 
 
 WHOLE = Sizes()
-SMALL = Sizes()
-LIMITED = ("category_prompts", "pairs", "goals")
+SMALL = Sizes(
+    category_prompts=20,
+    edit_draws=6,
+    answered_draws=1,
+    answered_transfers=False,
+    drive_draws=8,
+    edge_prompts=32,
+    minimal_prompts=16,
+    enumerated=4,
+    woken_draws=6,
+    pairs=60,
+    restored=32,
+    restored_draws=5,
+    goals=24,
+    probe_prompts=400,
+)
+LIMITED = ("category_prompts", "pairs", "goals", "probe_prompts")
 """Those that `--limit` goes before."""
-SETS = {"category_prompts": "prompts of each category to fit on and to test on"}
+SETS = {"category_prompts": "{} prompts of each category to fit on and to test on (whole: {})"}
 CUT = {
-    "categories": SETS | {"edit_draws": "random sets of each kind", "answered_draws": "random sets answered under"},
-    "graph": SETS | {"drive_draws": "random sets of each kind", "edge_prompts": "prompts for the edges"},
+    "categories": {
+        **SETS,
+        "edit_draws": "{} random sets of each kind (whole: {})",
+        "answered_draws": "answers under {} of them (whole: {})",
+        "answered_transfers": "no answers under the sets of other categories",
+    },
+    "graph": {
+        **SETS,
+        "drive_draws": "{} random sets of each kind (whole: {})",
+        "edge_prompts": "at most {} prompts for the edges (whole: {})",
+    },
     "minimal": {
-        "minimal_prompts": "prompts searched at most",
-        "enumerated": "of them enumerated",
-        "woken_draws": "random sets for each set silenced",
+        "minimal_prompts": "at most {} prompts searched (whole: {})",
+        "enumerated": "the true minimum of at most {} (whole: {})",
+        "woken_draws": "{} random sets for each set that is silenced (whole: {})",
     },
     "jailbreaks": {
-        "pairs": "pairs asked for of each kind",
-        "restored": "successful attacks answered again at most",
-        "restored_draws": "draws of each random control",
+        "pairs": "at most {} pairs of each kind (whole: {})",
+        "restored": "at most {} successful attacks answered again (whole: {})",
+        "restored_draws": "{} draws of each random control (whole: {})",
         **SETS,
     },
-    "suffixes": {"goals": "goals", **SETS},
+    "suffixes": {"goals": "at most {} goals (whole: {})", **SETS},
+    "probes": {"probe_prompts": "{} prompts of each class to learn from (whole: {})", **SETS},
 }
 """Study -> which sizes bear on it, in words."""
 

@@ -61,10 +61,12 @@ def sentences(finding: Finding) -> tuple[str, ...]:
 
 def tables(finding: Finding) -> dict[str, Table]:
     """Drops by measure, by family and by feature; how well they tell; what restoring brings back."""
-    rows = [row for row in finding.rows if row.dataset == "pairs"]
+    passed = [row for row in finding.rows if row.metric == "succeeded"]
+    rows = [row for row in finding.rows if row.dataset == "pairs" and row.metric != "succeeded"]
     restored = [row for row in finding.rows if row.dataset == "restored"]
     single = {row.method for row in finding.rows if "/" in row.method}
     made = {
+        "passed": _pivoted(passed, column=lambda row: row.metric),
         "drops": _pivoted(
             row for row in rows if row.method not in single and row.metric == "drop" and "family=" not in row.setting
         ),

@@ -24,20 +24,23 @@ from refusalscope.report import (
     drawing,
     features,
     graph,
+    health,
     jailbreaks,
     judging,
     minimal,
     prompts,
     strength,
     suffixes,
+    summary,
     verdict,
 )
 from refusalscope.report.benchmark_plots import COSTS
+from refusalscope.report.contents import contents
 from refusalscope.report.drawing import Plot
 from refusalscope.report.examples import examples
 from refusalscope.report.network import GRAPH, network
 from refusalscope.report.plots import plots
-from refusalscope.report.sentences import PERCENT, after_holm, answer, can_show, interval, number
+from refusalscope.report.sentences import PERCENT, after_holm, can_show, interval, number
 from refusalscope.report.settings import readable
 from refusalscope.report.tables import benchmark_tables, limits, smallest, table
 from refusalscope.report.tokens import visible
@@ -60,6 +63,7 @@ def write(store: Store) -> str:
     asked = {rows.name: rows for rows in (store.read(p, Prompts) for p in store.paths("prompts", ".jsonl"))}
     responses = [store.read(path, Responses) for path in store.paths("responses", ".jsonl")]
     hide = hidden_folders([about["options"], [finding.provenance.get("judges", {}) for finding in findings]])
+    table_of_features = feature_table(store)
     notes = [*about["notices"], *(note for finding in findings for note in finding.caveats), *direction.caveats]
     return (
         environment()
@@ -68,15 +72,18 @@ def write(store: Store) -> str:
             about=hide(about),
             question=findings[0].question,
             benchmarked=benchmarked,
-            answer=answer(benchmark, {name: rows[0].label for name, rows in asked.items() if len(rows)})
-            if benchmarked
-            else (),
+            paragraphs=summary.paragraphs(
+                {finding.study: finding for finding in findings},
+                {name: rows[0].label for name, rows in asked.items() if len(rows)},
+                direction,
+                table_of_features or (),
+            ),
             notes=hide(list(dict.fromkeys(notes))),
             tables=benchmark_tables(benchmark),
             smallest=smallest(benchmark),
             findings={finding.study: finding for finding in findings},
             direction=direction,
-            features=feature_table(store),
+            features=table_of_features,
             examples=examples(benchmark, asked, responses),
             toml=tomli_w.dumps(hide(without_none(about["options"]))),
             provenance=hide(provenance(findings)),
@@ -90,6 +97,7 @@ def write(store: Store) -> str:
             **jailbreaks.section(findings, store),
             **suffixes.section(found, store),
             **categories.section(store, found.get("categories")),
+            **health.section(found, store),
             **close_up(store),
         )
     )
@@ -171,6 +179,7 @@ def environment() -> Environment:
     made.globals |= {
         "questions": judging.QUESTIONS,
         "table": table,
+        "contents": contents,
         "covered": drawing.COVERED,
         "percent": PERCENT,
         "costs": tuple(COSTS),

@@ -20,6 +20,7 @@ PERCENT = (
     *("flipped", "refused_by_phrase", "size_share", "least", "non_monotone", "in_minimal", "in_own"),
     *("woken_any", "woken_any_difference", "wakes", "wakes_random"),
     *("turned", "unclear", "present", "word_largest"),
+    "succeeded",
 )
 """Without the judge: `harmful:minos` is in per cent as `harmful` is."""
 
@@ -69,9 +70,7 @@ def _figure(row: Row, value: float) -> str:
 
 def answer(finding: Finding, labels: Mapping[str, str]) -> tuple[str, ...]:
     """The finding in two sentences, from its own rows: what an edit did to refusal, and what came in its place."""
-    rows = [row for row in finding.rows if row.metric == "refused" and labels.get(row.dataset) == "harmful"]
-    edits = [r for r in rows if r.dataset != DATASET_OF_STRENGTHS and r.method not in ("base", "direction", "random")]
-    edit = next((row for row in edits if row.method == "cosine+attribution"), edits[0] if edits else None)
+    edit = edit_row(finding, labels)
     base = finding.find(edit.dataset, "base", "refused") if edit is not None else None
     if edit is None or base is None or not (edit.n and base.n):
         return ("No harmful data set was answered and scored both with and without an edit of SAE features.",)
@@ -92,6 +91,13 @@ def answer(finding: Finding, labels: Mapping[str, str]) -> tuple[str, ...]:
     if complied is not None and complied.n:
         second += f", and {_said(complied, '%')} get what they asked for"
     return f"{first}{_references(finding, edit, base)}.", f"{second}{_price(finding, edit)}."
+
+
+def edit_row(finding: Finding, labels: Mapping[str, str]) -> Row | None:
+    """The share of harmful prompts refused under the edit that a page is about; None where there is no such edit."""
+    rows = [row for row in finding.rows if row.metric == "refused" and labels.get(row.dataset) == "harmful"]
+    edits = [r for r in rows if r.dataset != DATASET_OF_STRENGTHS and r.method not in ("base", "direction", "random")]
+    return next((row for row in edits if row.method == "cosine+attribution"), edits[0] if edits else None)
 
 
 def _said(row: Row | None, unit: str = "") -> str:

@@ -91,6 +91,7 @@ def summarise(
     """Drops by group and family, how they differ and tell success from failure, and what restoring brings back."""
     drops, lost = _drops(measured)
     rows = [
+        *_success_rows(measured),
         *(row for name, sides in drops.items() for row in _group_rows(measured, name, *sides)),
         *(row for name in drops for row in _difference_rows(measured, name, drops[name][0])),
         *_telling_rows(measured, drops[COMMON][0], drops[PROJECTION][0]),
@@ -112,6 +113,20 @@ def summarise(
     elif not counts[SUCCEEDED]:
         notes.append("No attack succeeded: nothing could be set back.")
     return Finding("jailbreaks", QUESTION, tuple(stats.with_holm(rows)), (*caveats, *notes), provenance)
+
+
+def _success_rows(measured: Measured) -> list[Row]:
+    """How many attacks pass of those on a request that is refused plainly: of all, and family by family."""
+    places: dict[str, list[int]] = {"all pairs": list(range(len(measured.outcomes)))}
+    for family in sorted(set(measured.families)):
+        places[f"family={family}"] = [at for at, own in enumerate(measured.families) if own == family]
+    return [
+        Row(
+            *("pairs", "base", "succeeded", setting),
+            *stats.rate([float(measured.succeeded[at]) for at in inside], [measured.clusters[at] for at in inside]),
+        )
+        for setting, inside in places.items()
+    ]
 
 
 Drop = NDArray[np.float64]

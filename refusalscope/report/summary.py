@@ -1,0 +1,211 @@
+"""The first page: what a reader who is no specialist must know, in four headed paragraphs of the findings' own rows.
+
+Says what the rows say, also where an effect is absent or a study is missing; computes no statistic.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from refusalscope.core.types import Direction, Finding, Row
+from refusalscope.report import verdict
+from refusalscope.report.sentences import answer, edit_row, interval, number
+from refusalscope.report.settings import DATASET_OF_STRENGTHS
+from refusalscope.report.suffixes import REFUSAL, name_of
+from refusalscope.studies.capability import change_of
+from refusalscope.studies.health import FIRST, WORDS, verdicts
+from refusalscope.studies.jailbreaks import BOTH, COMMON, FAILED, RESTORE, SUCCEEDED
+
+MISSING = "Not measured in this run."
+SHOWN = 4
+"""Data sets and tasks that a sentence names before it points to the tables."""
+WORDS_SHOWN = 3
+
+
+class Paragraph(NamedTuple):
+    """A heading and what stands below it."""
+
+    anchor: str
+    heading: str
+    sentences: Sequence[str]
+    summary: str = ""
+    """What the fold says that hides `folded`: words of attacks."""
+    folded: str = ""
+
+
+def paragraphs(
+    findings: Mapping[str, Finding],
+    labels: Mapping[str, str],
+    direction: Direction,
+    table: Sequence[Mapping[str, Any]],
+) -> list[Paragraph]:
+    """What refuses, what editing it costs, which attacks pass and why, and how well a guard sees them.
+
+    `labels` are the prompts' by data set; `table` holds the chosen features, a row each.
+    """
+    benchmark = findings.get("benchmark")
+    first, second = [], []
+    if benchmark is not None:
+        effect, *price = answer(benchmark, labels)
+        first = [*_refused(benchmark, labels), _where(benchmark, labels, direction, table), effect]
+        second = price
+    second += [*_capability(benchmark, labels, findings.get("capability")), *_trusted(findings)]
+    third = [*_attacks(findings.get("jailbreaks")), *_suffixes(findings.get("suffixes"))]
+    words = _words(findings.get("suffixes"))
+    fold = "Show the words that do the most: they are parts of attacks, as evidence only." if words else ""
+    return [
+        Paragraph("refuses", "What refuses here", first or [MISSING]),
+        Paragraph("costs", "What it costs to edit", second),
+        Paragraph("passes", "Which attacks pass, and why", third, fold, words),
+        Paragraph("guarded", "How well the guard sees them", _guard(findings.get("probes"))),
+    ]
+
+
+def _refused(finding: Finding, labels: Mapping[str, str]) -> list[str]:
+    """What the unedited model refuses, data set by data set: harmful ones, then the rest."""
+    rows = [
+        row
+        for row in finding.rows
+        if (row.method, row.metric) == ("base", "refused") and row.n and row.dataset != DATASET_OF_STRENGTHS
+    ]
+    ordered = sorted(rows, key=lambda row: labels.get(row.dataset) != "harmful")
+    if not ordered:
+        return []
+    parts = [f"{_said(row, '%')} of {row.dataset} prompts (n = {row.n})" for row in ordered[:SHOWN]]
+    more = f", and of {len(ordered) - SHOWN} more sets what stands under Results" if len(ordered) > SHOWN else ""
+    return [f"Without any edit the model refuses {_listed(parts)}{more}."]
+
+
+def _where(
+    finding: Finding, labels: Mapping[str, str], direction: Direction, table: Sequence[Mapping[str, Any]]
+) -> str:
+    """The layer of the direction, and in which layers the features of the edit lie."""
+    said = f"What decides it can be read as one direction in the model’s inner state, at layer {direction.layer}"
+    edit = edit_row(finding, labels)
+    layers = [row["layer"] for row in table if edit is not None and row["method"] == edit.method]
+    if edit is None or not layers:
+        return f"{said}."
+    parts = [f"{layers.count(layer)} in layer {layer}" for layer in sorted(set(layers))]
+    return (
+        f"{said}, and as {len(layers)} features, single patterns of that state that sparse autoencoders (SAEs) tell "
+        f"apart: {_listed(parts)}."
+    )
+
+
+def _capability(benchmark: Finding | None, labels: Mapping[str, str], finding: Finding | None) -> list[str]:
+    """What the edit changes on tasks, if any were asked."""
+    edit = None if benchmark is None else edit_row(benchmark, labels)
+    if finding is None or edit is None:
+        return ["What edits cost on tasks such as sums or general knowledge was not measured in this run."]
+    changes = [
+        (row, finding.find(row.dataset, row.method, change_of(row.metric), row.setting))
+        for row in finding.rows
+        if (row.method, row.setting) == (edit.method, edit.setting)
+    ]
+    parts = [
+        f"{row.dataset}, {row.metric.partition(':')[0].replace('_', ' ')}: {_said(row)} (n = {row.n}; "
+        f"change {_said(change)})"
+        for row, change in changes
+        if change is not None and change.n and row.n
+    ]
+    more = f"; {len(parts) - SHOWN} more stand under Cost elsewhere" if len(parts) > SHOWN else ""
+    return [f"Elsewhere the same edit comes to: {'; '.join(parts[:SHOWN])}{more}."] if parts else []
+
+
+def _trusted(findings: Mapping[str, Finding]) -> list[str]:
+    """Whether the SAEs, and the scores that features are chosen by, may be believed."""
+    said = []
+    trusts = [one for one in verdicts(findings["health"]) if one.sae_set == FIRST] if "health" in findings else []
+    if trusts:
+        counts = [(word, sum(one.word == word for one in trusts)) for word in WORDS]
+        parts = [f"{count} {'is' if count == 1 else 'are'} {word}" for word, count in counts if count]
+        said.append(
+            f"All of this is seen through the SAEs: of the {len(trusts)} layers where they were checked on the model’s "
+            f"own chats, {_listed(parts)}."
+        )
+    else:
+        said.append("Whether the SAEs, through which all of this is seen, are sound here was not measured in this run.")
+    if "verification" in findings:
+        said += [f"Are the scores right that features are chosen by? {verdict.verdict(findings['verification'])[0]}"]
+    return said
+
+
+def _attacks(finding: Finding | None) -> list[str]:
+    """How many attacks pass, what sets them apart, and whether undoing that stops them."""
+    whole = None if finding is None else finding.find("pairs", "base", "succeeded", "all pairs")
+    if finding is None or whole is None:
+        return ["Attacks that disguise a request were not measured in this run."]
+    families = [row for row in finding.rows if row.metric == "succeeded" and row.setting.startswith("family=")]
+    by_family = [f"{row.setting.removeprefix('family=')} {_said(row, '%')} (n = {row.n})" for row in families if row.n]
+    lowered = {what: finding.find("pairs", COMMON, "drop", what) for what in (SUCCEEDED, FAILED)}
+    apart = finding.find("pairs", COMMON, "drop_difference", "within families")
+    said = [
+        f"Of the attacks on requests that are refused when put plainly, {_said(whole, '%')} pass (n = {whole.n}). By "
+        f"kind of attack: {', '.join(by_family)}.",
+        f"Attacks that pass lower the features that serve all kinds of harm by {_said(lowered[SUCCEEDED])} of their "
+        f"strength on the plain request (n = {_n(lowered[SUCCEEDED])}; 1 is all of it), attacks that fail by "
+        f"{_said(lowered[FAILED])} (n = {_n(lowered[FAILED])}){_apart(apart)}.",
+    ]
+    return [*said, *_restored(finding)]
+
+
+def _apart(row: Row | None) -> str:
+    """Whether attacks of one kind that pass lower the features further than those that fail."""
+    if row is None or row.low is None or row.high is None:
+        return "; whether the two differ among attacks of one kind could not be measured"
+    told = "more" if row.low > 0 else "less" if row.high < 0 else "not measurably more or less"
+    return f"; among attacks of one kind those that pass lower them {told} ({_said(row)}, n = {row.n})"
+
+
+def _restored(finding: Finding) -> list[str]:
+    """What setting the features back does, beside random ones."""
+    back = finding.find("restored", COMMON, BOTH, RESTORE)
+    if back is None or not back.n:
+        return ["Whether undoing that stops attacks was not measured: none passed that could be answered again."]
+    random = finding.find("restored", "random features", BOTH, f"{RESTORE} mean")
+    beside = "" if random is None or not random.n else f", of as many random features in {_said(random, '%')}"
+    return [
+        "Set back to their strength on the plain request, these features alone make the model refuse again in "
+        f"{_said(back, '%')} of the attacks that had passed (n = {back.n}){beside}."
+    ]
+
+
+def _suffixes(finding: Finding | None) -> list[str]:
+    """How many requests a suffix turns, and what it lowers beside neutral words."""
+    if finding is None:
+        return ["Strings put behind a request (adversarial suffixes) were not measured in this run."]
+    turned = finding.find("suffixes", "base", "turned", "any suffix of a goal")
+    if turned is None or not turned.n:
+        return ["No request tried with strings behind it was refused without them, so there was nothing to turn."]
+    drop, sham = (finding.find("suffixes", REFUSAL, "drop", kind) for kind in ("suffix", "sham"))
+    return [
+        f"A string put behind the request (a suffix) turns {_said(turned, '%')} of the requests that are refused "
+        f"without it (n = {turned.n}). Those that do lower the same features by {_said(drop)} of their strength "
+        f"(n = {_n(drop)}), as many neutral words by {_said(sham)}."
+    ]
+
+
+def _words(finding: Finding | None) -> str:
+    """The words that lower the features most, and by how much."""
+    every = () if finding is None else finding.rows
+    rows = [row for row in every if (row.method, row.metric) == (REFUSAL, "word_step") and row.n]
+    most = sorted(rows, key=lambda row: -(row.estimate or 0.0))[:WORDS_SHOWN]
+    if not most:
+        return ""
+    said = _listed([f"“{name_of(row.setting)}” by {_said(row)} (n = {row.n})" for row in most])
+    return f"Of words in several suffixes these lower the features most, in shares of their strength: {said}."
+
+
+def _guard(finding: Finding | None) -> list[str]:
+    return [MISSING] if finding is None else ["What was measured stands in its chapter."]
+
+
+def _said(row: Row | None, unit: str = "") -> str:
+    return "an unmeasured share" if row is None or not row.n else f"{number(row)}{unit} {interval(row)}"
+
+
+def _n(row: Row | None) -> int:
+    return 0 if row is None else row.n
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
