@@ -59,7 +59,10 @@ def test_a_run_shows_what_it_promises(finished: Path) -> None:
     rates = ("refused", "answered", "incoherent", "coherent", "complied")
     for metric in (*rates, "refused_change", "cross_entropy_change", "kl"):
         assert any(row.metric == metric for row in finding.rows), metric
-    assert len(store.read("findings/health.json", Finding).rows) == 3 * 8
+    kept = store.read("findings/health.json", Finding)
+    assert len(kept.rows) == (3 * 4 + 1) * 8  # kinds of text times measures, and a cosine, at every layer
+    told = store.read("health/bearing.json", dict)["sentences"]
+    assert any(sentence.startswith("cosine+attribution: of 20 features, 20 in layers") for sentence in told)
     assert {row.metric for row in store.read("findings/attribution.json", Finding).rows} == {
         "features",
         "candidates",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from refusalscope.core import stats
 from refusalscope.core.stats import Estimate
@@ -158,12 +159,13 @@ def _differences(texts: Measured, name: str, setting: str) -> Iterator[Row]:
         yield Row(texts.dataset, f"{name} vs {FIRST}", f"{metric}_difference", setting, *estimate, p, family)
 
 
-def _gap(floor: Sequence[float], floors: Floors) -> list[float]:
-    return np.subtract(floor, floors.clean).tolist()
+def _gap(floor: Sequence[float], floors: Floors) -> NDArray[np.float64]:
+    return np.subtract(floor, floors.clean)
 
 
-def _ratio(part: Any, whole: Sequence[float], texts: Measured) -> Estimate:
-    return stats.ratio(list(part), whole, texts.clusters, resamples=RESAMPLES)
+def _ratio(part: ArrayLike, whole: ArrayLike, texts: Measured) -> Estimate:
+    parts, wholes = (np.asarray(one, dtype=float).tolist() for one in (part, whole))
+    return stats.ratio(parts, wholes, texts.clusters, resamples=RESAMPLES)
 
 
 def _interval(cosine: Cosine, estimate: float, draws: Sequence[float]) -> Estimate:
