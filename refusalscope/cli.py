@@ -29,75 +29,85 @@ app.add_typer(data_app, name="data")
 app.add_typer(testbed_app, name="testbed")
 
 
+def every_option(
+    model: option.Model = None,
+    name: option.Name = None,
+    runs: option.Runs = Path("runs"),
+    config: option.Config = None,
+    saes: option.Saes = None,
+    sae_release: option.SaeRelease = None,
+    sae_id: option.SaeId = None,
+    layers: option.Layers = None,
+    prompts: option.PromptFile = None,
+    columns: option.Columns = None,
+    label: option.Label = None,
+    limit: option.Limit = None,
+    datasets: option.Dataset = None,
+    protocol: option.Protocol = None,
+    full: option.Full = None,
+    k: option.SetSize = None,
+    methods: option.Method = None,
+    draws: option.Draws = None,
+    factors: option.Factor = None,
+    values: option.Value = None,
+    refusal_token: option.Token = None,
+    best_layer: option.BestLayer = None,
+    keep_unrefused: option.KeepUnrefused = None,
+    system: option.System = None,
+    thinking: option.Thinking = None,
+    chat_template: option.ChatTemplate = None,
+    max_new_tokens: option.MaxNewTokens = None,
+    batch_size: option.BatchSize = None,
+    device: option.Device = None,
+    device_map: option.DeviceMap = None,
+    dtype: option.Dtype = None,
+    quantize: option.Quantize = None,
+    trust_remote_code: option.RemoteCode = None,
+    seed: option.Seed = None,
+    judges: option.Judges = None,
+    judge_url: option.JudgeUrl = None,
+    judge_model: option.JudgeModel = None,
+    judge_revision: option.JudgeRevision = None,
+    judge_template: option.JudgeTemplate = None,
+    judge_engine: option.JudgeEngine = None,
+    judge_question: option.JudgeQuestion = None,
+    sizes: option.Sizes = None,
+    choose: option.Choose = False,
+    studies: option.Studies = None,
+    category_prompts: option.CategoryPrompts = None,
+    categories: option.Categories = None,
+    language: option.Language = None,
+    nodes: option.Nodes = None,
+    pairs: option.PairFile = None,
+    suffixes: option.SuffixFile = None,
+    detection: option.Detection = None,
+    look_alikes: option.LookAlikes = None,
+    pooling: option.Pooling = None,
+    paper_labels: option.PaperLabels = None,
+    against: option.Against = None,
+    documents: option.Documents = None,
+) -> None:
+    """The options of all verbs that take a model: a signature, never called."""
+
+
 def add_verb(verb: str, text: str) -> None:
     """A command that drives the chain of its name; all take the same options, and share run folders.
 
     Those that answer can be judged as well, and a sweep has two options of its own.
     """
 
-    def command(
-        model: option.Model = None,
-        name: option.Name = None,
-        runs: option.Runs = Path("runs"),
-        config: option.Config = None,
-        saes: option.Saes = None,
-        sae_release: option.SaeRelease = None,
-        sae_id: option.SaeId = None,
-        layers: option.Layers = None,
-        prompts: option.PromptFile = None,
-        columns: option.Columns = None,
-        label: option.Label = None,
-        limit: option.Limit = None,
-        datasets: option.Dataset = None,
-        protocol: option.Protocol = None,
-        full: option.Full = None,
-        k: option.SetSize = None,
-        methods: option.Method = None,
-        draws: option.Draws = None,
-        factors: option.Factor = None,
-        values: option.Value = None,
-        refusal_token: option.Token = None,
-        best_layer: option.BestLayer = None,
-        keep_unrefused: option.KeepUnrefused = None,
-        system: option.System = None,
-        thinking: option.Thinking = None,
-        chat_template: option.ChatTemplate = None,
-        max_new_tokens: option.MaxNewTokens = None,
-        batch_size: option.BatchSize = None,
-        device: option.Device = None,
-        device_map: option.DeviceMap = None,
-        dtype: option.Dtype = None,
-        quantize: option.Quantize = None,
-        trust_remote_code: option.RemoteCode = None,
-        seed: option.Seed = None,
-        judges: option.Judges = None,
-        judge_url: option.JudgeUrl = None,
-        judge_model: option.JudgeModel = None,
-        judge_revision: option.JudgeRevision = None,
-        judge_template: option.JudgeTemplate = None,
-        judge_engine: option.JudgeEngine = None,
-        judge_question: option.JudgeQuestion = None,
-        sizes: option.Sizes = None,
-        choose: option.Choose = False,
-        studies: option.Studies = None,
-        category_prompts: option.CategoryPrompts = None,
-        categories: option.Categories = None,
-        language: option.Language = None,
-        nodes: option.Nodes = None,
-        pairs: option.PairFile = None,
-        suffixes: option.SuffixFile = None,
-        against: option.Against = None,
-        documents: option.Documents = None,
-    ) -> None:
-        said = {key: value for key, value in locals().items() if value is not None}
+    def command(**options: Any) -> None:
+        said = {key: value for key, value in options.items() if value is not None}
         given = {key: value for key, value in said.items() if key in OPTION_NAMES}
+        folder = (said.get("name"), said["runs"])
         with one_clear_line(), progress_bar() as progress:
             # A batch size is meant for the studied model.
             how = {key: said[key] for key in (*JUDGE_OPTIONS, "device", "dtype") if key in said}
-            drive(
-                "choose" if choose else verb, given, folder=(name, runs), config=config, progress=progress, judging=how
-            )
+            chain = "choose" if said.get("choose") else verb
+            drive(chain, given, folder=folder, config=said.get("config"), progress=progress, judging=how)
 
+    command.__annotations__ = every_option.__annotations__
+    vars(command)["__signature__"] = signature(every_option)
     hide(command, foreign(verb))
     app.command(verb, help=text)(command)
 
@@ -118,11 +128,13 @@ def foreign(verb: str) -> frozenset[str]:
 
 SWEEP_OPTIONS = frozenset(("sizes", "choose"))
 BY_CATEGORY = frozenset(("category_prompts", "categories", "language"))
+PROBED = frozenset(("detection", "look_alikes", "pooling", "paper_labels"))
 STUDIES = {
-    "run": BY_CATEGORY | {"studies", "nodes", "pairs", "suffixes"},
+    "run": BY_CATEGORY | {"studies", "nodes", "pairs", "suffixes"} | PROBED,
     "categories": BY_CATEGORY | {"nodes"},
     "jailbreaks": BY_CATEGORY | {"pairs"},
     "suffixes": BY_CATEGORY | {"suffixes"},
+    "probe": BY_CATEGORY | PROBED,
     "health": frozenset(("against", "documents")),
 }
 """Verbs that are given more than the run's own prompts, and by which options."""
@@ -148,6 +160,7 @@ add_verb("benchmark", "As run, without the report.")
 add_verb("categories", "Which features serve all kinds of harm, which one, and which drive which.")
 add_verb("minimal", "The fewest features whose silence flips each prompt, and which wake up when they are silent.")
 add_verb("jailbreaks", "Which features attacks silence, and whether setting them back brings refusal back.")
+add_verb("probe", "Which probes recognise harmful prompts, adversarial ones too; makes a guard of the best.")
 add_verb("suffixes", "Which words of adversarial suffixes silence which features.")
 add_verb("health", "What the SAEs keep of this model, layer by layer, and what a second SAE set keeps.")
 add_verb("sweep", "Try set sizes and strengths on validation prompts: refusal, coherence and cost of each.")

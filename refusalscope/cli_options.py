@@ -143,3 +143,21 @@ SuffixFile = Annotated[
         "--suffixes", help="CSV with goal and response, a list of suffixes. (default: none; the testbed's own)"
     ),
 ]
+Detection = Annotated[
+    str | None,
+    typer.Option(
+        help="What probes learn from and are tested on: a table with prompt, adversarial, label, split, group; a "
+        "folder like refusal_direction's; or owner/name. (default: WildJailbreak; the testbed's own)"
+    ),
+]
+LookAlikes = Annotated[
+    str | None,
+    typer.Option(help="Benign prompts that look harmful, such as XSTest's: a table or owner/name. (default: none)"),
+]
+Pooling = Annotated[
+    str | None,
+    typer.Option(help="What probes read: last (token of the prompt), or max or mean over the instruction."),
+]
+PaperLabels = Annotated[
+    bool | None, typer.Option("--paper-labels", help="Also by the paper's labels, where a successful attack is 0.")
+]

@@ -16,6 +16,8 @@ from refusalscope.core.intervals import FEW, STUDENT, Z95, wilson
 from refusalscope.core.stats import NOTHING, Estimate, flip_p
 
 RESAMPLES = 4_000
+Sample = tuple[Sequence[float], Sequence[float]]
+"""One score on the positives and on the negatives."""
 
 
 def auroc(
@@ -35,7 +37,7 @@ def auroc(
 
 
 def mean_auroc(
-    scores: Sequence[tuple[Sequence[float], Sequence[float]]],
+    scores: Sequence[Sample],
     positive_clusters: Sequence[str],
     negative_clusters: Sequence[str],
 ) -> Estimate:
@@ -44,7 +46,7 @@ def mean_auroc(
     Its doubt is that of the values, not of which scores there are. A value that any score lacks is left out of all.
     """
     sides = [np.asarray([score[side] for score in scores], dtype=float) for side in (0, 1)]
-    known = [~np.isnan(side).any(0) for side in sides]
+    known = [np.asarray(~np.isnan(side).any(0)) for side in sides]
     positive, negative = sides[0][0], sides[1][0]
     _, above_names = _kept(np.where(known[0], positive, np.nan), positive_clusters)
     _, below_names = _kept(np.where(known[1], negative, np.nan), negative_clusters)
@@ -69,28 +71,24 @@ class Difference(NamedTuple):
 
 
 def auroc_difference(
-    first: tuple[Sequence[float], Sequence[float]],
-    second: tuple[Sequence[float], Sequence[float]],
-    positive_clusters: Sequence[str],
-    negative_clusters: Sequence[str],
+    first: Sample, second: Sample, positive_clusters: Sequence[str], negative_clusters: Sequence[str]
 ) -> Estimate:
-    """As `compared`, without the p."""
-    return compared(first, second, positive_clusters, negative_clusters).estimate
+    """AUROC of one score minus that of another on the same values, with a normal interval."""
+    return compared([first], [second], positive_clusters, negative_clusters).estimate
 
 
 def compared(
-    first: tuple[Sequence[float], Sequence[float]],
-    second: tuple[Sequence[float], Sequence[float]],
+    first: Sequence[Sample],
+    second: Sequence[Sample],
     positive_clusters: Sequence[str],
     negative_clusters: Sequence[str],
 ) -> Difference:
-    """AUROC of one score minus that of another, each (positive, negative) on the same values, with a normal interval.
+    """The mean AUROC of some scores minus that of others, all on the same values, with a normal interval.
 
-    A value that either score lacks is left out of both.
+    A value that any score lacks is left out of all.
     """
-    known = [
-        ~np.isnan(np.asarray(a, dtype=float) + np.asarray(b, dtype=float)) for a, b in zip(first, second, strict=True)
-    ]
+    sides = [np.asarray([score[side] for score in (*first, *second)], dtype=float) for side in (0, 1)]
+    known = [np.asarray(~np.isnan(side).any(0)) for side in sides]
     scored = int(sum(side.sum() for side in known))
     if not all(side.any() for side in known):
         return Difference(NOTHING, None)
@@ -98,19 +96,20 @@ def compared(
         [name for name, keep in zip(clusters, side, strict=True) if keep]
         for clusters, side in zip((positive_clusters, negative_clusters), known, strict=True)
     ]
-    one, other = (
-        _placements(*(np.asarray(side, dtype=float)[keep] for side, keep in zip(score, known, strict=True)))
-        for score in (first, second)
+    pairs = [_placements(a[known[0]], b[known[1]]) for a, b in zip(*sides, strict=True)]
+    above, below = (
+        np.mean([pair[side] for pair in pairs[: len(first)]], 0)
+        - np.mean([pair[side] for pair in pairs[len(first) :]], 0)
+        for side in (0, 1)
     )
-    above, below = one[0] - other[0], one[1] - other[1]
     found = float(above.mean())
     error = math.sqrt(max(0.0, _variance(above, below, found, names[0], names[1])))
     return _normal(found, error, scored, scored / sum(len(side) for side in known))
 
 
 def gap(
-    first: tuple[Sequence[float], Sequence[float]],
-    second: tuple[Sequence[float], Sequence[float]],
+    first: Sample,
+    second: Sample,
     first_clusters: tuple[Sequence[str], Sequence[str]],
     second_clusters: tuple[Sequence[str], Sequence[str]],
 ) -> Difference:

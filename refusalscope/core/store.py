@@ -252,7 +252,7 @@ def _read_activations(content: bytes) -> Activations:
     tensors, rest = _read_tensors(content)
     lists = {name: tuple(rest.pop(name)) for name in ("prompt_ids", "layers")}
     features = tuple(Feature(**row) for row in rest.pop("features"))
-    return Activations(features=features, **lists, **rest, **tensors)
+    return Activations(**{**lists, **rest, **tensors, "features": features})
 
 
 def _read_slice(content: bytes) -> SaeSlice:

@@ -15,11 +15,15 @@ from scipy.sparse import csr_matrix
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 """Inverse regularisation C that is tried."""
+DENSE_STRENGTHS = STRENGTHS[:4]
+"""The same for the whole residual stream, whose many columns want a strong penalty."""
 SPARSE_STRENGTHS = (1e-2, 1e-1, 1.0)
 """The same for L1 over every feature of a layer: beyond these hardly a weight is pushed to zero."""
 FOLDS = 5
 ITERATIONS = 10_000
 TOLERANCE = 1e-6
+Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Which prompts are fitted on, and which are scored."""
 Fit = Callable[[float, Any, Int[ndarray, "prompt"]], Any]
 """(C, standardised inputs, labels) -> a fitted classifier."""
 
@@ -41,9 +45,13 @@ class Unfit(ValueError):
 
 
 def logistic(
-    inputs: Float[ndarray, "prompt k"], labels: Sequence[int], groups: Sequence[str], *, seed: int = 0
+    inputs: Float[ndarray, "prompt k"],
+    labels: Sequence[int],
+    folds: Sequence[Fold],
+    *,
+    strengths: Sequence[float] = STRENGTHS,
 ) -> Probe:
-    """L2 logistic regression on standardised inputs; C is that of least mean log loss over folds of whole groups.
+    """L2 logistic regression on standardised inputs; C is that of least mean log loss over `folds` of whole groups.
 
     Raises Unfit where one class is missing.
     """
@@ -56,13 +64,13 @@ def logistic(
     def fit(strength: float, x: Any, targets: Int[ndarray, "prompt"]) -> Any:
         return LogisticRegression(C=strength, max_iter=ITERATIONS, tol=TOLERANCE).fit(x, targets)
 
-    strength = _chosen(fit, STRENGTHS, standard, y, groups, seed)
+    strength = _chosen(fit, strengths, standard, y, folds)
     made = fit(strength, standard, y)
     weights = made.coef_[0] / spread
     return Probe(weights, float(made.intercept_[0] - weights @ centre), strength)
 
 
-def sparse(inputs: csr_matrix, labels: Sequence[int], groups: Sequence[str], *, seed: int = 0) -> Probe:
+def sparse(inputs: csr_matrix, labels: Sequence[int], folds: Sequence[Fold], *, seed: int = 0) -> Probe:
     """L1 logistic regression on inputs divided by their deviation, not centred, so that zeros stay zeros.
 
     Raises Unfit where one class is missing.
@@ -78,11 +86,11 @@ def sparse(inputs: csr_matrix, labels: Sequence[int], groups: Sequence[str], *, 
     def fit(strength: float, x: Any, targets: Int[ndarray, "prompt"]) -> Any:
         # liblinear draws the order of its coordinates, and penalises the intercept unless that is scaled up.
         made = LogisticRegression(
-            C=strength, l1_ratio=1.0, solver="liblinear", intercept_scaling=100.0, random_state=seed, max_iter=1000
+            C=strength, l1_ratio=1.0, solver="liblinear", intercept_scaling=100, random_state=seed, max_iter=1000
         )
         return made.fit(x, targets)
 
-    strength = _chosen(fit, SPARSE_STRENGTHS, scaled, y, groups, seed)
+    strength = _chosen(fit, SPARSE_STRENGTHS, scaled, y, folds)
     made = fit(strength, scaled, y)
     return Probe(made.coef_[0] / spread, float(made.intercept_[0]), strength)
 
@@ -116,21 +124,30 @@ def _spread(deviation: Float[ndarray, "k"]) -> Float[ndarray, "k"]:
 
 
 def _chosen(
-    fit: Fit, strengths: Sequence[float], inputs: Any, y: Int[ndarray, "prompt"], groups: Sequence[str], seed: int
+    fit: Fit, strengths: Sequence[float], inputs: Any, y: Int[ndarray, "prompt"], folds: Sequence[Fold]
 ) -> float:
-    """The strength of least mean log loss on groups that were not fitted on; ties go to the strongest penalty."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    _, names = np.unique(np.asarray(groups), return_inverse=True)
-    # A class with few groups cannot be in every fold.
-    folds = min(FOLDS, *(len(set(names[y == value].tolist())) for value in (0, 1)))
-    if folds < 2:
+    """The strength of least log loss on prompts that were not fitted on; ties go to the strongest penalty."""
+    if not folds:
         return 1.0
     losses = dict.fromkeys(strengths, 0.0)
-    for inside, outside in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(y, y, names):
-        if len(set(y[inside].tolist())) < 2:
-            continue
+    for inside, outside in folds:
         for strength in strengths:
             logits = fit(strength, inputs[inside], y[inside]).decision_function(inputs[outside])
             losses[strength] += float((np.logaddexp(0, logits) - y[outside] * logits).sum())
     return min(strengths, key=lambda strength: (losses[strength], strength))
+
+
+def grouped_folds(labels: Sequence[int], groups: Sequence[str], *, seed: int = 0) -> list[Fold]:
+    """Folds in which no group is torn apart and the classes are as even as can be, each with both classes to fit on.
+
+    Fewer than `FOLDS` where a class has fewer groups, none where it has one alone.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    y = np.asarray(labels, dtype=np.int64)
+    _, names = np.unique(np.asarray(groups), return_inverse=True)
+    count = min(FOLDS, *(len(set(names[y == value].tolist())) for value in (0, 1)))
+    if count < 2:
+        return []
+    made = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(y, y, names)
+    return [(inside, outside) for inside, outside in made if len(set(y[inside].tolist())) == 2]

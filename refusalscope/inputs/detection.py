@@ -23,6 +23,7 @@ from refusalscope.testbed import grammar
 
 T = TypeVar("T")
 Split = Literal["train", "validation", "test"]
+CLASSES: tuple[Label, ...] = ("harmful", "harmless")
 SHARES: Mapping[Split, float] = {"train": 0.6, "validation": 0.15, "test": 0.25}
 """Of the groups, where a source names no splits."""
 LABELS: Mapping[str, Label] = {
@@ -103,7 +104,7 @@ def load(
 def check(given: Detection) -> None:
     """Raise ValueError, one line, where a class is missing, or a text or a group stands in two splits."""
     for rows in (given.train, given.validation, given.plain):
-        if missing := sorted({"harmful", "harmless"} - {row.label for row in rows}):
+        if missing := sorted({*CLASSES} - {row.label for row in rows}):
             raise ValueError(f"{rows.name} holds no {missing[0]} prompt: a probe needs both kinds in every split")
     test = chain(given.plain, given.adversarial, given.look_alikes)
     splits: Mapping[str, Iterable[Prompt]] = {"train": given.train, "validation": given.validation, "test": test}
@@ -126,13 +127,12 @@ def from_testbed(counts: Counts) -> Detection:
         rows = [row for dataset in datasets for row in _grammar(dataset, split, count)]
         return Prompts(f"probe-{name}", tuple({row.text: row for row in rows}.values()))
 
-    plain = ("harmful", "harmless")
     harmful = [*_grammar("vulnerable-unseen", "test", counts.test), *_grammar("robust-unseen", "test", counts.test)]
     benign = _grammar("harmless-wrapped-unseen", "test", counts.test)
     return Detection(
-        train=take("train", "train", counts.train, *plain),
-        validation=take("validation", "validation", counts.validation, *plain),
-        plain=take("plain", "test", counts.test, *plain),
+        train=take("train", "train", counts.train, *CLASSES),
+        validation=take("validation", "validation", counts.validation, *CLASSES),
+        plain=take("plain", "test", counts.test, *CLASSES),
         adversarial=Prompts("probe-adversarial", tuple({row.text: row for row in (*harmful, *benign)}.values())),
         look_alikes=take("look-alikes", "test", counts.test, "look-alike"),
     )
@@ -153,11 +153,12 @@ def from_refusal_direction(folder: Path, counts: Counts) -> Detection:
     seen: set[str] = set()
     made: dict[Split, list[Prompt]] = {}
     notes = []
+    # The latest split first: what it holds is taken out of the earlier ones.
     parts: tuple[tuple[Split, str], ...] = (("test", "test"), ("validation", "val"), ("train", "train"))
     for split, part in parts:
         count = getattr(counts, split)
         made[split], before = [], set(seen)
-        for label in ("harmful", "harmless"):
+        for label in CLASSES:
             rows = list(_splits_file(folder / "splits" / f"{label}_{part}.json", label))
             fresh = [row for row in rows if normalised(row.text) not in before]
             if lost := len(rows) - len(fresh):
@@ -167,7 +168,7 @@ def from_refusal_direction(folder: Path, counts: Counts) -> Detection:
     nothing = "The splits hold no adversarial prompts and no look-alikes: what the probes make of them is not known."
     train, validation, test = (
         Prompts(f"probe-{name}", tuple(made[split]))
-        for split, name in (("train", "train"), ("validation", "validation"), ("test", "plain"))
+        for (split, _), name in zip(reversed(parts), ("train", "validation", "plain"), strict=True)
     )
     return Detection(
         train, validation, test, Prompts("probe-adversarial", ()), Prompts("probe-look-alikes", ()), (nothing, *notes)

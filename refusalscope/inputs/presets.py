@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from refusalscope.inputs import hub, releases
 from refusalscope.inputs.releases import SaeSource
@@ -16,6 +16,18 @@ from refusalscope.testbed import shipped
 FACTORS = (0.5, 0.0, -0.5, -1.0, -2.0, -3.0)
 MAX_NEW_TOKENS = 256
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Checkpoint(NamedTuple):
+    """A model alone."""
+
+    name: str
+    model: str
+    """A Hugging Face repository, or the folder of a checkpoint."""
+    revision: str | None
+    """The commit of the repository; None for a folder."""
+    weights: str
+    """Changes whenever a weight does: the commit, or a digest of the folder's files."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,8 @@ class Target:
     """A Hugging Face repository, or the folder of a checkpoint."""
     revision: str | None
     """The commit of the repository; None for a folder."""
+    weights: str
+    """As in `Checkpoint`."""
     saes: SaeSource
     prompts: str | None
     """The model's own prompt source (`testbed`), or None."""
@@ -87,16 +101,12 @@ def resolve(
     chosen = _saes(name, preset, saes, sae_release, sae_id)
     if layers is not None:
         chosen = chosen.only(layers)
-    if _is_folder(model):
-        if Path(model).is_relative_to(shipped.ASSETS):
-            shipped.verify()
-        revision, weights = None, releases.digest([Path(model)])
-    else:
-        revision = weights = _commit(name, model)
+    found = _checked(name, preset, model, None)
     return Target(
-        name=name if preset or not _is_folder(model) else Path(model).resolve().name,
+        name=found.name,
         model=model,
-        revision=revision,
+        revision=found.revision,
+        weights=found.weights,
         saes=chosen,
         prompts=preset.get("prompts"),
         max_new_tokens=preset.get("max_new_tokens", MAX_NEW_TOKENS),
@@ -107,7 +117,7 @@ def resolve(
         best_layer=preset.get("best_layer"),
         values=tuple(preset.get("values", ())),
         neuronpedia=preset.get("neuronpedia") if (saes or sae_release) is None else None,
-        identity=hashlib.sha256(f"{weights}\n{chosen.identity}\n{list(chosen.names)}".encode()).hexdigest()[:16],
+        identity=hashlib.sha256(f"{found.weights}\n{chosen.identity}\n{list(chosen.names)}".encode()).hexdigest()[:16],
     )
 
 
@@ -149,6 +159,21 @@ def _other(target: Target, text: str) -> tuple[str, SaeSource]:
         raise ValueError(f"{error}{known}") from error
 
 
+def checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+    """The model that `name` stands for, without SAEs; of a repository at `revision`. Raises ValueError as `resolve`."""
+    preset = presets().get(name, {})
+    return _checked(name, preset, _model(name, preset), revision)
+
+
+def _checked(name: str, preset: dict[str, Any], model: str, revision: str | None) -> Checkpoint:
+    if not _is_folder(model):
+        commit = _commit(name, model, revision)
+        return Checkpoint(name, model, commit, commit)
+    if Path(model).is_relative_to(shipped.ASSETS):
+        shipped.verify()
+    return Checkpoint(name if preset else Path(model).resolve().name, model, None, releases.digest([Path(model)]))
+
+
 def _model(name: str, preset: dict[str, Any]) -> str:
     if preset:
         return _path(preset["model"])
@@ -162,9 +187,9 @@ def _model(name: str, preset: dict[str, Any]) -> str:
     )
 
 
-def _commit(name: str, repository: str) -> str:
+def _commit(name: str, repository: str, revision: str | None) -> str:
     try:
-        return hub.snapshot(repository, "config.json").name
+        return hub.snapshot(repository, "config.json", revision=revision).name
     except ValueError as error:
         nor = f"; nor is there a folder {name} with a config.json" if name == repository else ""
         raise ValueError(f"{error}{nor}") from error

@@ -94,7 +94,10 @@ def _read(model: ChatModel, sae: LayerSae, tokens: Tokens, plan: Plan) -> tuple[
 
 
 def _whole(
-    sae: LayerSae, residual: Float[Tensor, "prompt position d_model"], roles: Int[Tensor, "prompt position"], how: Pooling
+    sae: LayerSae,
+    residual: Float[Tensor, "prompt position d_model"],
+    roles: Int[Tensor, "prompt position"],
+    how: Pooling,
 ) -> Float[Tensor, "prompt d_sae"]:
     """Every feature of one layer, a prompt at a time where positions are pooled."""
     if how == "last":

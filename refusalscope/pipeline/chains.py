@@ -13,6 +13,7 @@ from refusalscope.pipeline import (
     jailbreaks,
     measure,
     minimal,
+    probes,
     select,
     suffixes,
     sweep,
@@ -122,6 +123,14 @@ def suffixes_chain(job: Job) -> str:
     return _reported(job, fitted, "suffixes")
 
 
+def probes_chain(job: Job) -> str:
+    """Which representation tells harmful prompts from benign ones, in any form; and a guard."""
+    fitted = fit.fit(job)
+    chosen = select.choose_features(job, fitted)
+    probes.run_probes(job, fitted, chosen, category_sets.choose_category_sets(job, fitted))
+    return _reported(job, fitted, "probes")
+
+
 CHAINS: Mapping[str, Callable[[Job], str]] = {
     "run": run_chain,
     "features": features_chain,
@@ -131,12 +140,13 @@ CHAINS: Mapping[str, Callable[[Job], str]] = {
     "minimal": minimal_chain,
     "jailbreaks": jailbreaks_chain,
     "suffixes": suffixes_chain,
+    "probe": probes_chain,
     "health": health_chain,
     "sweep": sweep_chain,
     "choose": choosing_chain,
 }
 """Each makes what it makes in the run folder and returns the path of what to look at."""
-STUDIES = ("categories", "minimal", "jailbreaks", "suffixes")
+STUDIES = ("categories", "minimal", "jailbreaks", "suffixes", "probe")
 """Those that go beyond the benchmark."""
 
 

@@ -23,6 +23,7 @@ STUDIES = ("categories", "minimal", "jailbreaks", "suffixes", "probes")
 """What `run` does beside the benchmark, in this order, unless `--study` names some of them or none."""
 STUDIED = (
     *("studies", "category_prompts", "categories", "language", "pairs", "suffixes", "nodes"),
+    *("detection", "look_alikes", "pooling", "paper_labels"),
     *("against", "documents"),
 )
 """What studies are given beside the run's own prompts: they may share a folder whatever each was given."""
@@ -67,6 +68,12 @@ class Options(BaseModel):
     """Of the SAEs' health: a second SAE set to compare with."""
     documents: str | None = None
     """Of the SAEs' health: plain text outside any chat. None: the testbed's own; other models have none."""
+    detection: str | None = None
+    """Of probes: what they learn from and are tested on. None: the testbed's own, for others WildJailbreak."""
+    look_alikes: str | None = None
+    pooling: Literal["last", "max", "mean"] = "last"
+    """Of probes: the last position of a prompt, or the largest or mean activation over its instruction."""
+    paper_labels: bool = False
     nodes: int = Field(default=20, ge=2)
     """Features drawn in the graph of features."""
     refusal_token: tuple[str, ...] = ()

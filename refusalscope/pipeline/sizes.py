@@ -74,7 +74,7 @@ SMALL = Sizes(
     restored=32,
     restored_draws=5,
     goals=24,
-    probe_prompts=400,
+    probe_prompts=240,
 )
 LIMITED = ("category_prompts", "pairs", "goals", "probe_prompts")
 """Those that `--limit` goes before."""

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from refusalscope.core.store import Store
-from refusalscope.pipeline import categories, category_sets, graph, jailbreaks, minimal, suffixes
+from refusalscope.pipeline import categories, category_sets, graph, jailbreaks, minimal, probes, suffixes
 from refusalscope.pipeline.category_sets import CategorySets
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
@@ -74,6 +74,10 @@ STUDIES: Mapping[str, Study] = {
     "suffixes": Study(
         *("suffixes", "suffixes"),
         lambda on: suffixes.run_suffixes(on.job, on.fitted, on.sets, sizes=on.sizes),
+    ),
+    "probes": Study(
+        *("probes", "probes"),
+        lambda on: probes.run_probes(on.job, on.fitted, on.chosen, on.sets, sizes=on.sizes),
     ),
 }
 """Finding -> its study, in the order in which they are done."""
