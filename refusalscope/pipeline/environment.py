@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ PACKAGES = ("torch", "transformers", "sae-lens", "numpy", "scipy", "safetensors"
 
 def versions() -> dict[str, str]:
     """Installed versions of what results depend on."""
-    return {"refusalscope": __version__, **{package: version(package) for package in PACKAGES}}
+    return {"refusalscope": __version__, **{package: _version(package) for package in PACKAGES}}
+
+
+@cache
+def _version(package: str) -> str:
+    # Every cache key asks for it, and to look it up takes a search of all that is installed.
+    return version(package)
 
 
 def describe(*, device: str, seed: int, seconds: float) -> dict[str, Any]:

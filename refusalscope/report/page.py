@@ -40,7 +40,7 @@ from refusalscope.report.drawing import Plot
 from refusalscope.report.examples import examples
 from refusalscope.report.network import GRAPH, network
 from refusalscope.report.plots import plots
-from refusalscope.report.sentences import PERCENT, after_holm, can_show, interval, number
+from refusalscope.report.sentences import PERCENT, after_holm, answer, can_show, interval, number
 from refusalscope.report.settings import readable
 from refusalscope.report.tables import benchmark_tables, limits, smallest, table
 from refusalscope.report.tokens import visible
@@ -63,6 +63,7 @@ def write(store: Store) -> str:
     asked = {rows.name: rows for rows in (store.read(p, Prompts) for p in store.paths("prompts", ".jsonl"))}
     responses = [store.read(path, Responses) for path in store.paths("responses", ".jsonl")]
     hide = hidden_folders([about["options"], [finding.provenance.get("judges", {}) for finding in findings]])
+    labels = {name: rows[0].label for name, rows in asked.items() if len(rows)}
     table_of_features = feature_table(store)
     notes = [*about["notices"], *(note for finding in findings for note in finding.caveats), *direction.caveats]
     return (
@@ -72,9 +73,10 @@ def write(store: Store) -> str:
             about=hide(about),
             question=findings[0].question,
             benchmarked=benchmarked,
+            answer=answer(benchmark, labels) if benchmarked else (),
             paragraphs=summary.paragraphs(
                 {finding.study: finding for finding in findings},
-                {name: rows[0].label for name, rows in asked.items() if len(rows)},
+                labels,
                 direction,
                 table_of_features or (),
             ),

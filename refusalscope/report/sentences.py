@@ -78,7 +78,7 @@ def answer(finding: Finding, labels: Mapping[str, str]) -> tuple[str, ...]:
     what = f"scaling the {scale[1]} features of {edit.method} by {scale[0]:g}" if scale else f"the edit {edit.method}"
     change = finding.find(edit.dataset, edit.method, "refused_change", edit.setting)
     first = (
-        f"On {edit.dataset} prompts, {what.replace('by -', 'by −')} {_verb(change)}: {_said(base, '%')} are refused "
+        f"On {edit.dataset} prompts, {what.replace('by -', 'by −')} {effect(change)}: {_said(base, '%')} are refused "
         f"before and {_said(edit, '%')} after (n = {edit.n})"
     )
     if change is not None and change.n:
@@ -90,7 +90,7 @@ def answer(finding: Finding, labels: Mapping[str, str]) -> tuple[str, ...]:
     second = f"With the edit {_said(answered, '%')} are answered coherently and {_said(incoherent, '%')} incoherently"
     if complied is not None and complied.n:
         second += f", and {_said(complied, '%')} get what they asked for"
-    return f"{first}{_references(finding, edit, base)}.", f"{second}{_price(finding, edit)}."
+    return f"{first}{beside(finding, edit, base)}.", f"{second}{_price(finding, edit)}."
 
 
 def edit_row(finding: Finding, labels: Mapping[str, str]) -> Row | None:
@@ -104,7 +104,8 @@ def _said(row: Row | None, unit: str = "") -> str:
     return "an unscored share" if row is None or not row.n else f"{number(row)}{unit} {interval(row)}"
 
 
-def _verb(change: Row | None) -> str:
+def effect(change: Row | None) -> str:
+    """What a paired change of refusal comes to, as a verb."""
     if change is None or change.low is None or change.high is None:
         return "was not compared with the unedited model prompt by prompt"
     if change.low <= 0 <= change.high:
@@ -112,7 +113,7 @@ def _verb(change: Row | None) -> str:
     return "lowers refusal" if change.high < 0 else "raises refusal"
 
 
-def _references(finding: Finding, edit: Row, base: Row) -> str:
+def beside(finding: Finding, edit: Row, base: Row) -> str:
     """What random features and the direction itself do to the same prompts, and whether the effect is specific."""
     random = finding.find(edit.dataset, "random", "refused", f"{edit.setting} mean")
     removed = finding.find(edit.dataset, "direction", "refused", "remove")

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from refusalscope.core.types import Direction, Finding, Row
 from refusalscope.report import verdict
-from refusalscope.report.sentences import answer, edit_row, interval, number
-from refusalscope.report.settings import DATASET_OF_STRENGTHS
+from refusalscope.report.sentences import beside, edit_row, effect, interval, number
+from refusalscope.report.settings import DATASET_OF_STRENGTHS, factor
 from refusalscope.report.suffixes import REFUSAL, name_of
 from refusalscope.studies.capability import change_of
 from refusalscope.studies.health import FIRST, WORDS, verdicts
@@ -45,9 +45,9 @@ def paragraphs(
     benchmark = findings.get("benchmark")
     first, second = [], []
     if benchmark is not None:
-        effect, *price = answer(benchmark, labels)
-        first = [*_refused(benchmark, labels), _where(benchmark, labels, direction, table), effect]
-        second = price
+        first = [*_refused(benchmark, labels), _where(benchmark, labels, direction, table)]
+        first.append(_edited(benchmark, labels))
+        second = _price(benchmark, labels)
     second += [*_capability(benchmark, labels, findings.get("capability")), *_trusted(findings)]
     third = [*_attacks(findings.get("jailbreaks")), *_suffixes(findings.get("suffixes"))]
     words = _words(findings.get("suffixes"))
@@ -89,6 +89,51 @@ def _where(
         f"{said}, and as {len(layers)} features, single patterns of that state that sparse autoencoders (SAEs) tell "
         f"apart: {_listed(parts)}."
     )
+
+
+def _edited(finding: Finding, labels: Mapping[str, str]) -> str:
+    """What becomes of refusal once the features are weakened, beside random ones and without the direction."""
+    edit = edit_row(finding, labels)
+    base = None if edit is None else finding.find(edit.dataset, "base", "refused")
+    if edit is None or base is None or not (edit.n and base.n):
+        return "What becomes of refusal when these features are edited was not measured on harmful prompts."
+    scale = factor(edit.setting)
+    how = f"With their strength multiplied by {scale[0]:g}" if scale else f"With the edit {edit.method}"
+    change = finding.find(edit.dataset, edit.method, "refused_change", edit.setting)
+    return (
+        f"{how.replace('-', '−')} the model refuses {_said(edit, '%')} of {edit.dataset} prompts (n = {edit.n}) "
+        f"instead of {_said(base, '%')}: editing them {effect(change)}{beside(finding, edit, base)}."
+    )
+
+
+def _price(finding: Finding, labels: Mapping[str, str]) -> list[str]:
+    """What comes in the place of refusals, and what the edit does to harmless prompts."""
+    edit = edit_row(finding, labels)
+    if edit is None:
+        return []
+
+    def of(dataset: str, metric: str) -> Row | None:
+        return finding.find(dataset, edit.method, metric, edit.setting)
+
+    said = [
+        f"With the edit {_said(of(edit.dataset, 'answered'), '%')} of {edit.dataset} prompts are answered coherently "
+        f"and {_said(of(edit.dataset, 'incoherent'), '%')} with garbled text (n = {edit.n})."
+    ]
+    cost = next((row for row in finding.rows if row.metric == "cross_entropy_change" and row.n), None)
+    if cost is None:
+        return [*said, "What it costs on harmless prompts was not measured."]
+    price = of(cost.dataset, "cross_entropy_change")
+    said.append(
+        f"On {cost.dataset} prompts its usual answers become less likely by {_said(price)} nats per token "
+        f"(cross-entropy, n = {_n(price)}; 0 is no change)."
+    )
+    before, after = finding.find(cost.dataset, "base", "complied"), of(cost.dataset, "complied")
+    if before is not None and after is not None and before.n and after.n:
+        said.append(
+            f"Of these prompts {_said(after, '%')} still get what they ask for (n = {after.n}), unedited "
+            f"{_said(before, '%')}."
+        )
+    return said
 
 
 def _capability(benchmark: Finding | None, labels: Mapping[str, str], finding: Finding | None) -> list[str]:
@@ -179,8 +224,8 @@ def _suffixes(finding: Finding | None) -> list[str]:
     drop, sham = (finding.find("suffixes", REFUSAL, "drop", kind) for kind in ("suffix", "sham"))
     return [
         f"A string put behind the request (a suffix) turns {_said(turned, '%')} of the requests that are refused "
-        f"without it (n = {turned.n}). Those that do lower the same features by {_said(drop)} of their strength "
-        f"(n = {_n(drop)}), as many neutral words by {_said(sham)}."
+        f"without it (n = {turned.n}). Those that do lower the features that serve all kinds of harm by "
+        f"{_said(drop)} of their strength (n = {_n(drop)}), as many neutral words by {_said(sham)}."
     ]
 
 
