@@ -10,12 +10,14 @@ from nbclient import NotebookClient
 
 from refusalscope.core.store import Store
 from refusalscope.core.types import Finding
+from refusalscope.studies.health import verdicts
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 FIGURES = {
     "benchmark": 5,  # refused, answered, did what was asked, cost, induced
     "cat_harm": 9,  # overlap, shares, transfer, own; drops, graph; sizes, features, woken
+    "sae_transfer": 1,  # both sets, by kind of text
     "wildjailbreak": 8,  # drops, families, features, telling, restored; curve, words, one goal
 }
 
@@ -79,3 +81,11 @@ def test_the_studies_run_from_top_to_bottom(
     assert (made / "report.html").is_file()
     for study in studies:
         assert any(row.n for row in Store(made).read(f"findings/{study}.json", Finding).rows)
+
+
+def test_two_sets_of_saes_are_compared_from_top_to_bottom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("sae_transfer", folder, monkeypatch)
+    made = folder / "runs" / "testbed-health"
+    assert (made / "report.html").is_file()
+    words = {(trust.sae_set, trust.word) for trust in verdicts(Store(made).read("findings/health.json", Finding))}
+    assert words == {("sae", "trusted"), ("base", "not to be trusted")}

@@ -26,6 +26,8 @@ STAGE = "health"
 DOCUMENTS = f"{STAGE}/documents.jsonl"
 MOST = 200
 """Documents that are read at most: each takes a forward pass for every layer, floor and set."""
+OWN = 64
+"""Documents of the testbed's own: one batch, so that `run` stays quick."""
 NO_DOCUMENTS = "SAE health was not measured on plain text: name some with --documents."
 
 
@@ -153,7 +155,7 @@ def _plain_text(job: Job) -> tuple[Prompts | None, tuple[str, ...]]:
         return job.store.get(DOCUMENTS, key, Prompts, lambda: documents.read(where)[:MOST]), ()
     if job.target.prompts is None:
         return None, (NO_DOCUMENTS,)
-    rows = documents.from_testbed(MOST)
+    rows = documents.from_testbed(OWN)
     job.store.keep(DOCUMENTS, fingerprint(rows), rows)
     return rows, ()
 
