@@ -35,6 +35,7 @@ from refusalscope.report import health as on_health
 from refusalscope.studies import health as study
 
 logging.disable_progress_bar()
+pandas.set_option("display.max_colwidth", None)
 
 # %% [markdown]
 # ## Which model, which sets
