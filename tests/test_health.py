@@ -392,14 +392,23 @@ def test_only_what_is_missing_is_measured_again(finished: Path, tmp_path: Path) 
     assert (folder / "health" / "layer_05" / "set_0.json").stat().st_mtime_ns == stamp
 
 
-def test_documents_of_ones_own_may_follow_in_the_same_folder(finished: Path, tmp_path: Path) -> None:
+def test_other_documents_and_sets_may_follow_in_the_same_folder(finished: Path, tmp_path: Path) -> None:
     runs = Path(shutil.copytree(finished.parent, tmp_path / "runs"))
     (tmp_path / "own.txt").write_text("A line about bread.\n\nA line about trains that leave at night.\n", "utf-8")
-    more = ["--documents", str(tmp_path / "own.txt")]
+    tiny.save_saes(tmp_path / "few", layers=3, width=128, size=64)
+    more = ["--documents", str(tmp_path / "own.txt"), "--against", f"{tmp_path}/few/layer_{{layer}}"]
     assert invoke("health", "testbed", "--runs", str(runs), "--name", "demo", *more, *SMALL)[0] == 0
     finding = Store(runs / "demo").read("findings/health.json", Finding)
     assert {row.n for row in finding.rows if row.dataset == "documents" and row.metric == "l0"} == {2}
-    assert {row.method for row in finding.rows} == {FIRST}
+    assert {row.setting for row in finding.rows if row.method == FIRST} == {"layer=2", "layer=5"}
+    assert {row.setting for row in finding.rows if "few" in row.method} == {"layer=2"}
+    assert "The set few has no SAE for layers 5: not compared there." in finding.caveats
+
+
+def test_nothing_measured_is_said_and_drawn_as_nothing() -> None:
+    finding = study.summarise([], caveats=("Nothing.",), provenance={})
+    assert finding.caveats == ("Nothing.",)
+    assert (section.sentences(finding), section.lines(finding), plots.figures(finding)) == ((), [], {})
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ def chats(model: ChatModel, prompts: Prompts, answers: Mapping[str, Response], *
 def documents(model: ChatModel, rows: Prompts, *, batch_size: int) -> Texts:
     """Plain text, cut off after `capability.DOCUMENT_TOKENS` tokens; documents of a single token are left out."""
     usable = scorable(model, rows)
-    starts = range(0, len(usable), batch_size)
-    return Texts("documents", [model.text_tokens(usable[at : at + batch_size], DOCUMENT_TOKENS) for at in starts])
+    parts = (usable[start : start + batch_size] for start in range(0, len(usable), batch_size))
+    return Texts("documents", [model.text_tokens(part, DOCUMENT_TOKENS).to(model.device) for part in parts])
 
 
 def averages(model: ChatModel, texts: Texts, layers: Iterable[int]) -> Averages:
@@ -168,8 +168,8 @@ def cosine(
     rng = np.random.default_rng(seed)
     ends = (harmful, harmless)
     weights = [_weights(names, rng) for names in clusters]
-    before = [one.double().cpu().numpy() for one in ends]
-    after = [sae.reconstruct(one).double().cpu().numpy() for one in ends]
+    before = [one.cpu().double().numpy() for one in ends]
+    after = [sae.reconstruct(one).cpu().double().numpy() for one in ends]
     directions = [weights[0] @ side[0] - weights[1] @ side[1] for side in (before, after)]
     lengths = np.linalg.norm(directions, axis=-1).prod(0)
     products = (directions[0] * directions[1]).sum(1)

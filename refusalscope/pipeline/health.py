@@ -66,7 +66,7 @@ class Bench:
         made = measuring.chats(self.job.model, self.chats, self._by_id, batch_size=self.size)
         if self.plain is not None:
             made.append(measuring.documents(self.job.model, self.plain, batch_size=self.size))
-        return made
+        return [texts for texts in made if texts.batches]
 
     @cached_property
     def averages(self) -> dict[Kind, measuring.Averages]:
@@ -125,9 +125,12 @@ def run_health(job: Job, fitted: Fitted) -> Finding:
     plain, notes = _plain_text(job)
     rows = fitted.data.harmless_validation
     bench = Bench(job, fitted, make_answers(job, rows, BASE, {}), plain)
+    layers = job.saes.layers if len(bench.chats) else ()
+    if not layers:
+        notes = (*notes, f"SAE health was not measured: the answers to all {rows.name} prompts are empty.")
     made = []
-    for done, layer in enumerate(job.saes.layers):
-        job.progress("SAE health", done, len(job.saes.layers))
+    for done, layer in enumerate(layers):
+        job.progress("SAE health", done, len(layers))
         made.append(_layer(bench, sets, layer))
     about = provenance(job, fitted, None)
     if job.options.against is not None:
@@ -202,4 +205,5 @@ def _texts(bench: Bench, floors: Mapping[str, Any], spliced: Mapping[str, Any]) 
             {own: Spliced(**parts[kind]) for own, parts in spliced.items()},
         )
         for kind, (name, rows) in known.items()
+        if kind in floors
     ]
