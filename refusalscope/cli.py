@@ -26,7 +26,9 @@ app = typer.Typer(
 data_app = typer.Typer(help="Prompt collections.", no_args_is_help=True)
 testbed_app = typer.Typer(help="The embedded model.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+guard_app = typer.Typer(help="A detector of harmful prompts, as `probe` makes it.", no_args_is_help=True)
 app.add_typer(testbed_app, name="testbed")
+app.add_typer(guard_app, name="guard")
 
 
 def every_option(
@@ -387,6 +389,37 @@ def models() -> None:
         for name, preset in presets.presets().items():
             first, *more = presets.described(preset)
             print(f"{name:22}{first}", *(f"{'':22}{line}" for line in more), sep="\n")
+
+
+@guard_app.command("save")
+def save_guard(
+    run: Annotated[Path, typer.Argument(help="A run folder that `probe` has finished.")],
+    folder: Annotated[Path, typer.Argument(help="Where to put the guard.")],
+) -> None:
+    """Copy the guard of a run to where it is used: two files, a few kilobytes a feature; needs no model."""
+    with one_clear_line():
+        from refusalscope.guard import Guard
+
+        Guard.from_run(run).save(folder)
+        print(folder)
+
+
+@guard_app.command("score")
+def score_prompts(
+    folder: Annotated[Path, typer.Argument(metavar="GUARD", help="A saved guard, or a run folder that holds one.")],
+    prompts: Annotated[Path, typer.Argument(help="JSONL with text, prompt or instruction; - is standard input.")],
+    model: Annotated[
+        str | None, typer.Option(help="The guard's own model, where it lies. (default: where it came from)")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
+) -> None:
+    """Score prompts before anything is generated: JSONL in, the same rows with probability, flagged and reasons out."""
+    with one_clear_line():
+        from refusalscope.guard import score_lines
+
+        no_loading_bars()
+        for line in score_lines(folder, prompts, model=model, batch_size=batch_size):
+            print(line)
 
 
 @data_app.command()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu, norm
+from sklearn.metrics import roc_auc_score
 from statsmodels.regression.linear_model import OLS
 
 from refusalscope.core import ranking
@@ -86,7 +87,7 @@ def test_two_aurocs_are_compared_on_the_same_values() -> None:
     assert found.low is not None
     assert found.low > 0
     same = ranking.auroc_difference((positive, negative), (positive, negative), first, second)
-    assert (same.estimate, same.low, same.high) == (0.0, 0.0, 0.0)
+    assert (same.estimate, same.low, same.high) == pytest.approx((0.0, 0.0, 0.0), abs=1e-15)
 
 
 table = st.lists(
@@ -158,3 +159,94 @@ def test_strata_of_one_group_say_nothing() -> None:
     assert ranking.stratified_p([1.0, 2.0], [True, False], ["a", "b"], ["x", "y"]) is None
     with pytest.raises(ValueError, match="2 values need as many"):
         ranking.stratified_difference([1.0, 2.0], [True], ["a"], ["x"])
+
+
+def naive_variance(sample: Sample) -> float:
+    """Obuchowski's (1997), written out cluster by cluster."""
+    positive, negative, above, below = sample
+    m, n = len(positive), len(negative)
+    wins = [[(a > b) + 0.5 * (a == b) for b in negative] for a in positive]
+    area = sum(map(sum, wins)) / m / n
+    v10 = [sum(row) / n for row in wins]
+    v01 = [sum(wins[i][j] for i in range(m)) / m for j in range(n)]
+    clusters = sorted({*above, *below})
+    ups = [sum(v10[i] - area for i in range(m) if above[i] == name) for name in clusters]
+    downs = [sum(v01[j] - area for j in range(n) if below[j] == name) for name in clusters]
+    first, second, both = len(set(above)), len(set(below)), len(clusters)
+    s10 = first / ((first - 1) * m) * sum(up**2 for up in ups)
+    s01 = second / ((second - 1) * n) * sum(down**2 for down in downs)
+    s11 = both / (both - 1) * sum(up * down for up, down in zip(ups, downs, strict=True))
+    return s10 / m + s01 / n + 2 * s11 / m / n
+
+
+def mixed(seed: int, clusters: int, shift: float) -> Iterator[Sample]:
+    """Clusters that hold positives and negatives alike."""
+    rng = np.random.default_rng(seed)
+    while True:
+        shared = np.repeat(rng.normal(size=clusters), 2)
+        above, below = (math.sqrt(0.5) * (shared + rng.normal(size=2 * clusters)) for _ in range(2))
+        named = [str(at // 2) for at in range(2 * clusters)]
+        yield (above + shift).tolist(), below.tolist(), named, named
+
+
+def test_the_variance_is_obuchowskis_and_the_area_scikit_learns() -> None:
+    for sample in (next(samples(5, 30, 1.0, 0.5)), next(mixed(6, 20, 1.0))):
+        positive, negative, above, below = sample
+        placed = ranking._placements(np.asarray(positive), np.asarray(negative))
+        area = float(placed[0].mean())
+        labels = [1] * len(positive) + [0] * len(negative)
+        assert area == pytest.approx(roc_auc_score(labels, [*positive, *negative]))
+        assert ranking._variance(*placed, area, above, below) == pytest.approx(naive_variance(sample))
+
+
+@pytest.mark.parametrize(
+    ("kind", "clusters", "shift"), [("single", 200, 1.0), ("single", 200, 1.5), ("mixed", 120, 1.0)]
+)
+def test_the_interval_covers_what_it_says(kind: str, clusters: int, shift: float) -> None:
+    stream = samples(7, clusters, shift, 0.5) if kind == "single" else mixed(8, clusters, shift)
+    runs, truth = 800, norm.cdf(shift / math.sqrt(2))
+    found = [ranking.auroc(*sample) for sample in islice(stream, runs)]
+    assert 0.93 <= sum((one.low or 0) <= truth <= (one.high or 0) for one in found) / runs <= 0.97
+
+
+def test_the_mean_of_several_scores_is_the_mean_of_their_areas() -> None:
+    positive, negative, above, below = next(samples(9, 40, 1.0, 0.3))
+    noise = np.random.default_rng(0)
+    scores: list[ranking.Sample] = [
+        (
+            (np.asarray(positive) + noise.normal(size=80)).tolist(),
+            (np.asarray(negative) + noise.normal(size=80)).tolist(),
+        )
+        for _ in range(5)
+    ]
+    together = ranking.mean_auroc(scores, above, below)
+    single = [ranking.auroc(*score, above, below) for score in scores]
+    assert together.estimate == pytest.approx(np.mean([one.estimate or 0.0 for one in single]))
+    assert ranking.mean_auroc(scores[:1], above, below) == single[0]
+    widths = [(one.high or 0) - (one.low or 0) for one in single]
+    assert (together.high or 0) - (together.low or 0) < max(widths)
+
+
+def test_scores_are_compared_with_means_of_others() -> None:
+    positive, negative, above, below = next(samples(10, 60, 1.5, 0.3))
+    rng = np.random.default_rng(1)
+    noise: list[ranking.Sample] = [(rng.normal(size=120).tolist(), rng.normal(size=120).tolist()) for _ in range(3)]
+    found, p = ranking.compared([(positive, negative)], noise, above, below)
+    area, chance = ranking.auroc(positive, negative, above, below), ranking.mean_auroc(noise, above, below)
+    assert found.estimate == pytest.approx((area.estimate or 0) - (chance.estimate or 0))
+    assert p is not None
+    assert p < 1e-6
+    assert ranking.compared([(positive, negative)], [(positive, negative)], above, below).p == 1.0
+
+
+def test_a_gap_between_samples_knows_what_they_share() -> None:
+    positive, negative, above, below = next(mixed(11, 40, 1.0))
+    sample, clusters = (positive, negative), (above, below)
+    same = ranking.gap(sample, sample, clusters, clusters).estimate
+    assert (same.estimate, same.low, same.high) == pytest.approx((0.0, 0.0, 0.0), abs=1e-15)
+    other = [f"x{name}" for name in above]
+    apart = ranking.gap(sample, sample, clusters, (other, other)).estimate
+    assert apart.high is not None
+    half = ranking.Z95 * math.sqrt(2 * naive_variance((positive, negative, above, below)))
+    assert apart.high == pytest.approx(half, rel=0.05)
+    assert ranking.gap(sample, ([], [1.0]), clusters, ([], ["a"])) == (ranking.NOTHING, None)

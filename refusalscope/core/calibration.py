@@ -13,6 +13,7 @@ from numpy import ndarray
 from numpy.typing import NDArray
 
 from refusalscope.core import stats
+from refusalscope.core.intervals import wilson
 from refusalscope.core.stats import NOTHING, Estimate
 
 BINS = 10
@@ -39,12 +40,23 @@ def sigmoid(logits: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64
     return np.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
-def brier(
-    probabilities: Sequence[float], labels: Sequence[float], clusters: Sequence[str], *, seed: int = 0
-) -> Estimate:
-    """Mean squared distance of probability and label (Brier 1950); a NaN on either side is unscored."""
+def brier(probabilities: Sequence[float], labels: Sequence[float], clusters: Sequence[str]) -> Estimate:
+    """Mean squared distance of probability and label (Brier 1950); a NaN on either side is unscored.
+
+    The interval is Wilson's at the n of independent yes-or-no draws whose rate has the mean's cluster variance: a
+    bootstrap has nothing to draw where a few prompts make up the whole score.
+    """
     squares = (np.asarray(probabilities, dtype=float) - np.asarray(labels, dtype=float)) ** 2
-    return stats.mean(squares.tolist(), clusters, seed=seed)
+    known = ~np.isnan(squares)
+    if not known.any():
+        return NOTHING
+    names, cluster = np.unique(np.asarray(clusters)[known], return_inverse=True)
+    kept, n, k = squares[known], int(known.sum()), len(names)
+    found = float(kept.mean())
+    variance = k / max(1, k - 1) * float((np.bincount(cluster, weights=kept - found) ** 2).sum()) / n**2
+    effective = found * (1 - found) / variance if variance > 1e-18 else float(k)
+    low, high = wilson(found * effective, effective)
+    return Estimate(n, found, low, high, float(known.mean()))
 
 
 def expected_error(
@@ -52,8 +64,9 @@ def expected_error(
 ) -> Estimate:
     """Expected calibration error over bins of equal mass: the mean distance of a bin's probability and its positives.
 
-    The interval is a basic bootstrap of whole clusters with the bins as they are (resampling adds to the error what
-    sampling already did, which the basic interval takes off again). A NaN on either side is unscored.
+    The interval is a basic bootstrap of whole clusters with the bins as they are: resampling adds to the error what
+    sampling already did, which the basic interval takes off again. It begins at 0 where the error is no larger than
+    sampling alone makes it (the same resamples about their own means). A NaN on either side is unscored.
     """
     p, y = np.asarray(probabilities, dtype=float), np.asarray(labels, dtype=float)
     known = ~np.isnan(p + y)
@@ -66,16 +79,19 @@ def expected_error(
     size = np.bincount(cluster).astype(float)
     found = float(np.abs(table.sum(0)).sum() / size.sum())
     draws = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), RESAMPLES)
-    again = np.abs(draws @ table).sum(1) / (draws @ size)
-    low, high = np.quantile(again, (0.025, 0.975))
-    ends = sorted((max(0.0, 2 * found - high), max(0.0, 2 * found - low)))
+    drawn, total = draws @ table, (draws @ size)[:, None]
+    low, high = np.quantile(np.abs(drawn).sum(1) / total[:, 0], (0.025, 0.975))
+    noise = np.abs(drawn - table.sum(0) * total / size.sum()).sum(1) / total[:, 0]
+    ends = [max(0.0, 2 * found - high), max(0.0, 2 * found - low)]
+    if found <= np.quantile(noise, 0.975):
+        ends[0] = 0.0
     return Estimate(int(known.sum()), found, min(ends[0], found), max(ends[1], found), float(known.mean()))
 
 
 def equal_mass(probabilities: Float[ndarray, "prompt"], bins: int = BINS) -> NDArray[np.int64]:
     """The bin of every probability, as many to a bin as can be; equal ones share a bin, so there may be fewer."""
     inner = np.quantile(probabilities, np.arange(1, bins) / bins, method="lower")
-    _, index = np.unique(np.searchsorted(inner, probabilities, side="right"), return_inverse=True)
+    _, index = np.unique(np.searchsorted(inner, probabilities, side="left"), return_inverse=True)
     return index
 
 

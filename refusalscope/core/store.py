@@ -8,7 +8,7 @@ made again, so a run that was killed at any moment resumes where it stopped.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,6 +93,14 @@ class Store:
             kept = {path: entry for path, entry in self._manifest().items() if not path.startswith(f"{folder}/")}
             write_atomically(self.root / MANIFEST, to_json(kept))
             shutil.rmtree(self.root / folder)
+
+    def keep_only(self, folder: str, paths: Collection[str]) -> None:
+        """Remove the artifacts below `folder` that are not among `paths`: what an earlier command left there."""
+        if left := [path for path in self.paths(folder, "") if path not in paths]:
+            kept = {path: entry for path, entry in self._manifest().items() if path not in left}
+            write_atomically(self.root / MANIFEST, to_json(kept))
+            for path in left:
+                (self.root / path).unlink(missing_ok=True)
 
     def read(self, path: str, kind: type[T]) -> T:
         """Read an artifact. Raises ValueError naming the file when it is missing or does not parse as `kind`."""

@@ -29,18 +29,14 @@ from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.measure import make_answers
 from refusalscope.pipeline.select import Chosen
 from refusalscope.studies import benchmark
+from refusalscope.studies.probes import BASELINES as METHODS
 from refusalscope.studies.probes import COMMON, FAILED, RANDOM, SUCCEEDED, Item, Part
 
 FOLDER = "probes"
 CHOSEN = "cosine+attribution"
 DRAWS = 20
 """Random feature sets."""
-BASELINES = {
-    "length": "prompt length",
-    "log_odds": "refusal log-odds",
-    "projection": "projection on the direction",
-    "perplexity": "perplexity of the prompt",
-}
+BASELINES = dict(zip(("length", "log_odds", "projection", "perplexity"), METHODS, strict=True))
 """Our name of a number -> the method's."""
 PARTS: Mapping[str, Part] = {
     "probe-train": "train",

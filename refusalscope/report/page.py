@@ -28,6 +28,7 @@ from refusalscope.report import (
     jailbreaks,
     judging,
     minimal,
+    probes,
     prompts,
     strength,
     suffixes,
@@ -100,6 +101,7 @@ def write(store: Store) -> str:
             **suffixes.section(found, store),
             **categories.section(store, found.get("categories")),
             **health.section(found, store),
+            **probes.section(found),
             **close_up(store),
         )
     )

@@ -37,6 +37,7 @@ from refusalscope.report.graph_plots import graph
 from refusalscope.report.health_plots import health
 from refusalscope.report.jailbreaks_plots import jailbreaks
 from refusalscope.report.minimal_plots import minimal
+from refusalscope.report.probes_plots import probes
 from refusalscope.report.settings import part
 from refusalscope.report.suffixes_plots import suffixes
 from refusalscope.report.sweep_plots import sweep
@@ -168,4 +169,5 @@ DRAWERS: Mapping[str, Callable[[Finding], dict[str, Plot]]] = {
     "jailbreaks": jailbreaks,
     "suffixes": suffixes,
     "categories": categories,
+    "probes": probes,
 }

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from refusalscope.core.types import Direction, Finding, Row
-from refusalscope.report import verdict
+from refusalscope.report import probes, verdict
 from refusalscope.report.sentences import beside, edit_row, effect, interval, number
 from refusalscope.report.settings import DATASET_OF_STRENGTHS, factor
 from refusalscope.report.suffixes import REFUSAL, name_of
@@ -240,8 +240,8 @@ def _words(finding: Finding | None) -> str:
     return f"Of words in several suffixes these lower the features most, in shares of their strength: {said}."
 
 
-def _guard(finding: Finding | None) -> list[str]:
-    return [MISSING] if finding is None else ["What was measured stands in its chapter."]
+def _guard(finding: Finding | None) -> Sequence[str]:
+    return [MISSING] if finding is None else probes.headline(finding)
 
 
 def _said(row: Row | None, unit: str = "") -> str:

@@ -21,6 +21,7 @@ QUESTION = (
 Scheme = Literal["intent", "refusal", "paper"]
 Role = Literal["features", "dense", "baseline", "random"]
 Part = Literal["train", "validation", "plain", "adversarial", "look-alikes"]
+BASELINES = ("prompt length", "refusal log-odds", "projection on the direction", "perplexity of the prompt")
 COMMON, DENSE, RANDOM = "common refusal features", "dense residual", "random features"
 SUCCEEDED, FAILED = "succeeded", "failed"
 RATES = (0.05, 0.01)
@@ -127,7 +128,7 @@ def summarise(
             rows += _telling(probes, _Sides.of(test, pair), scheme)
         single = [one for one in probes if one.draw is None]
         if scheme == "paper":
-            rows += [row for one in single for row in _accuracy(one, test)]
+            rows += _accuracy(probes, test)
             continue
         rows += [row for one in single for row in _calibrated(one, test, binned=one.method in (*BINNED, guard))]
         rows += [row for one in single for row in _flagged(one, validation, test)]
@@ -238,15 +239,23 @@ def _calibrated(one: Scored, test: Sequence[Item], *, binned: bool) -> list[Row]
     return rows
 
 
-def _accuracy(one: Scored, test: Sequence[Item]) -> list[Row]:
-    """The share of prompts on the right side of one half, by the paper's labels."""
+def _accuracy(probes: Sequence[Scored], test: Sequence[Item]) -> list[Row]:
+    """The share of prompts on the right side of one half, by the paper's labels; random probes by their mean."""
     rows = []
     for part in ("plain", "adversarial"):
-        inside = [at for at, item in enumerate(test) if item.part == part and truth("paper", item) in (0, 1)]
         # Benign adversarial prompts were no part of the published test.
-        inside = [at for at in inside if part == "plain" or test[at].harmful]
-        right = [float((one.test[at] > 0) == (truth("paper", test[at]) == 1)) for at in inside]
-        rows.append(Row(part, one.method, "accuracy", "paper", *stats.rate(right, [test[at].cluster for at in inside])))
+        wanted = [at for at, item in enumerate(test) if item.part == part and (part == "plain" or item.harmful)]
+        inside = [at for at in wanted if truth("paper", test[at]) in (0, 1)]
+        clusters = [test[at].cluster for at in inside]
+        right: dict[str, list[list[float]]] = {}
+        for one in probes:
+            own = [float((one.test[at] > 0) == (truth("paper", test[at]) == 1)) for at in inside]
+            right.setdefault(one.method, []).append(own)
+        for method, draws in right.items():
+            several = len(draws) > 1
+            means = [sum(values) / len(draws) for values in zip(*draws, strict=True)]
+            found = stats.mean(means, clusters) if several else stats.rate(means, clusters)
+            rows.append(Row(part, method, "accuracy", "paper mean" if several else "paper", *found))
     return rows
 
 
