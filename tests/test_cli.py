@@ -362,6 +362,13 @@ def test_a_recorded_command_makes_the_same_options(
     assert folder == Path("runs/my run")
 
 
+def test_a_recorded_command_names_a_second_sae_set_where_it_is_taken() -> None:
+    made = Options(against="base", documents="own.txt")
+    told = "refusalscope health testbed --name mine --against base --documents own.txt"
+    assert measure.command(made, "mine", verb="health") == told
+    assert measure.command(made, "mine", verb="run") == "refusalscope run testbed --name mine"
+
+
 @given(own_options)
 def test_recorded_options_are_recognised(values: dict[str, Any]) -> None:
     made = Options(**values)

@@ -27,6 +27,8 @@ REPORT = "report.html"
 REPEATABLE = {"factors": "factor", "methods": "method", "values": "value", "datasets": "dataset"}
 REPEATABLE |= {"categories": "category", "studies": "study"}
 """Options that hold several values, each given by a flag in the singular."""
+OF_HEALTH = ("against", "documents")
+"""Options that the verb `health` alone takes."""
 
 
 def run_benchmark(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
@@ -132,6 +134,8 @@ def command(options: Options, name: str, *, verb: str) -> str:
     words = ["refusalscope", verb, options.model, "--name", name]
     for key, value in as_plain(options).items():
         if key == "model" or value == Options.model_fields[key].get_default(call_default_factory=True):
+            continue
+        if key in OF_HEALTH and verb != "health":
             continue
         flag = "--" + REPEATABLE.get(key, key).replace("_", "-")
         if value is True:
