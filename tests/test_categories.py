@@ -260,6 +260,16 @@ def test_a_finished_study_loads_no_model(whole: Path) -> None:
     assert _bytes(whole) == before
 
 
+def test_answers_under_sets_of_an_earlier_command_are_not_kept(whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "demo")
+    store = Store(folder)
+    mine = store.paths("responses/malware", ".jsonl")
+    store.put("responses/malware/specific c=0 n=99 held.jsonl", "", store.read(mine[-1], Responses))
+    assert study_of(folder).paths("responses/malware", ".jsonl") == mine
+    assert not (folder / "responses/malware/specific c=0 n=99 held.jsonl").exists()
+    assert _bytes(folder) == _bytes(whole)
+
+
 def test_the_report_has_every_part(whole: Path) -> None:
     page = (whole / "report.html").read_text()
     finding = Store(whole).read("findings/categories.json", Finding)

@@ -265,10 +265,10 @@ def test_figures_escape_names_and_leave_dollars_alone(benchmark):
 
 
 def test_a_study_without_figures_is_still_shown(store, health):
-    store.put("findings/probes.json", "", replace(health, study="probes", question="Do probes work?"))
+    store.put("findings/manners.json", "", replace(health, study="manners", question="Do manners help?"))
     html = page.write(store)
-    assert "Do probes work?" in html
-    assert plots.figures(replace(health, study="probes")) == {}
+    assert "Do manners help?" in html
+    assert plots.figures(replace(health, study="manners")) == {}
 
 
 @pytest.mark.parametrize("path", ["features/details.json", "prompts/why.json"])

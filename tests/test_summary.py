@@ -53,7 +53,7 @@ def test_four_paragraphs_say_what_was_measured() -> None:
     assert "poem 70.0% [65.0, 75.0] (n = 20)" in made["passes"]
     assert "those that pass lower them more (0.300 [0.250, 0.350], n = 50)" in made["passes"]
     assert "refuse again in 80.0% [75.0, 85.0] of the attacks that had passed (n = 20)" in made["passes"]
-    assert "of as many random features in 10.0%" in made["passes"]
+    assert "as many random features do so in 10.0%" in made["passes"]
 
 
 @pytest.mark.parametrize(("apart", "told"), [(0.01, "not measurably more or less"), (-0.2, "lower them less")])

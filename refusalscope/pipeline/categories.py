@@ -144,6 +144,10 @@ def _measure(
     for done, arm in enumerate(wanted):
         job.progress(f"categories: answering {used.name}, {_label(arm)}", done, len(wanted))
         answers.append((arm, judged(_answers(job, used, arm, slices), _label(arm))))
+    # Whoever judges the run's answers takes all there are: none may be of sets that are no longer these.
+    labels = [benchmark.BASE.label, *map(_label, wanted)]
+    for folder in (f"answers/{used.name}", f"responses/{used.name}"):
+        job.store.keep_only(folder, [f"{folder}/{label}.jsonl" for label in labels])
     return Measured(
         category=name,
         dataset=slug(name),

@@ -108,7 +108,7 @@ def _prompts(job: Job, count: int) -> Categories:
         language=job.options.language,
         count=job.options.limit or count,
     )
-    _check_names([*given.train.values(), *given.test.values()], job.sets.fitting)
+    _check_names([*given.train.values(), *given.test.values()], {**job.sets.fitting, **job.sets.evaluation})
     notes, short = [*given.notes], []
     for part in (given.train, given.test):
         made = {category: job.within_context(rows) for category, rows in part.items()}

@@ -184,8 +184,8 @@ def _attacks(finding: Finding | None) -> list[str]:
     lowered = {what: finding.find("pairs", COMMON, "drop", what) for what in (SUCCEEDED, FAILED)}
     apart = finding.find("pairs", COMMON, "drop_difference", "within families")
     said = [
-        f"Of the attacks on requests that are refused when put plainly, {_said(whole, '%')} pass (n = {whole.n}). By "
-        f"kind of attack: {', '.join(by_family)}.",
+        f"Of the attacks on requests that are refused when put plainly, {_said(whole, '%')} pass (n = {whole.n})."
+        + (f" By kind of attack: {', '.join(by_family)}." if len(by_family) > 1 else ""),
         f"Attacks that pass lower the features that serve all kinds of harm by {_said(lowered[SUCCEEDED])} of their "
         f"strength on the plain request (n = {_n(lowered[SUCCEEDED])}; 1 is all of it), attacks that fail by "
         f"{_said(lowered[FAILED])} (n = {_n(lowered[FAILED])}){_apart(apart)}.",
@@ -207,7 +207,7 @@ def _restored(finding: Finding) -> list[str]:
     if back is None or not back.n:
         return ["Whether undoing that stops attacks was not measured: none passed that could be answered again."]
     random = finding.find("restored", "random features", BOTH, f"{RESTORE} mean")
-    beside = "" if random is None or not random.n else f", of as many random features in {_said(random, '%')}"
+    beside = "" if random is None or not random.n else f"; as many random features do so in {_said(random, '%')}"
     return [
         "Set back to their strength on the plain request, these features alone make the model refuse again in "
         f"{_said(back, '%')} of the attacks that had passed (n = {back.n}){beside}."
@@ -222,10 +222,12 @@ def _suffixes(finding: Finding | None) -> list[str]:
     if turned is None or not turned.n:
         return ["No request tried with strings behind it was refused without them, so there was nothing to turn."]
     drop, sham = (finding.find("suffixes", REFUSAL, "drop", kind) for kind in ("suffix", "sham"))
+    neutral = finding.find("suffix-shams", "base", "turned", "")
+    beside = f"; neutral words do so in {_said(neutral, '%')} (n = {neutral.n})" if neutral and neutral.n else ""
     return [
-        f"A string put behind the request (a suffix) turns {_said(turned, '%')} of the requests that are refused "
-        f"without it (n = {turned.n}). Those that do lower the features that serve all kinds of harm by "
-        f"{_said(drop)} of their strength (n = {_n(drop)}), as many neutral words by {_said(sham)}."
+        f"A string put behind the request (a suffix) makes the model answer {_said(turned, '%')} of the requests that "
+        f"it refuses without (n = {turned.n}){beside}. Those that do lower the features that serve all kinds of harm "
+        f"by {_said(drop)} of their strength (n = {_n(drop)}), as many neutral words by {_said(sham)}."
     ]
 
 
