@@ -419,7 +419,7 @@ def score_prompts(
 
         no_loading_bars()
         for line in score_lines(folder, prompts, model=model, batch_size=batch_size):
-            print(line)
+            print(line, flush=True)
 
 
 @data_app.command()

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "refusalscope"
-FLOORS = ("core", "testbed", "inputs", "mechanism", "guard", "evals", "studies", "report", "pipeline", "cli")  # lowest first
+# lowest first
+FLOORS = ("core", "testbed", "inputs", "mechanism", "guard", "evals", "studies", "report", "pipeline", "cli")
 LIGHT = ("core/", "mechanism/", "inputs/chat.py")
 LIGHT_LIBRARIES = sys.stdlib_module_names | {"torch", "transformers", "numpy", "safetensors", "jaxtyping"}
 ENTRANCES = ("__init__.py", "__main__.py", "cli.py")

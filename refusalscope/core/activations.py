@@ -15,6 +15,8 @@ from refusalscope.core.types import Feature
 
 LARGEST = 15
 """Rows are scaled to lie below 2 ** LARGEST, where float16 is finite and small numbers lose least."""
+SMALLEST = -126
+"""The least power of two that float32 holds with all its digits."""
 
 
 class Half(NamedTuple):
@@ -42,8 +44,8 @@ class Activations:
     chosen_scale: Float[Tensor, "prompt"]
     layer: int
     """The layer whose SAE was read whole, of d_sae features."""
-    starts: Int[Tensor, "prompts+1"]
-    """Where each prompt's active features begin in `index` and `value`, as in a compressed sparse row matrix."""
+    starts: Int[Tensor, "bound"]
+    """Prompts and one more: where each prompt's active features begin in `index` and `value`, as in a compressed sparse row matrix."""
     index: Int32[Tensor, "entry"]
     value: Float16[Tensor, "entry"]
     value_scale: Float[Tensor, "prompt"]
@@ -57,5 +59,6 @@ def half(rows: Float[Tensor, "*rows width"]) -> Half:
         raise ValueError("activations are not finite: load the model in bfloat16 or float32 (--dtype)")
     largest = rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
     # A power of two: dividing by it loses no digit. The largest number is below 2 ** exponent.
-    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - LARGEST)
+    exponent = (torch.frexp(largest).exponent - LARGEST).clamp(min=SMALLEST)
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
     return Half((rows / scale[..., None]).half(), scale.float())

@@ -148,8 +148,7 @@ def from_refusal_direction(folder: Path, counts: Counts) -> Detection:
 
     What a later split holds is taken out of the earlier ones. Raises ValueError naming what is missing.
     """
-    if not (folder / "splits").is_dir():
-        raise ValueError(f"--detection {folder}: no folder splits is there; fetch it with `refusalscope data fetch`")
+    check_folder(folder)
     seen: set[str] = set()
     made: dict[Split, list[Prompt]] = {}
     notes = []
@@ -173,6 +172,12 @@ def from_refusal_direction(folder: Path, counts: Counts) -> Detection:
     return Detection(
         train, validation, test, Prompts("probe-adversarial", ()), Prompts("probe-look-alikes", ()), (nothing, *notes)
     )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError, one line, unless there are splits in it."""
+    if not (folder / "splits").is_dir():
+        raise ValueError(f"--detection {folder}: no folder splits is there; fetch it with `refusalscope data fetch`")
 
 
 def _splits_file(file: Path, label: Label) -> Iterator[Prompt]:

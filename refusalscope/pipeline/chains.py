@@ -1,8 +1,9 @@
 """What each verb does: one line an arrow, each arrow one artifact or a few, read where they stand."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from refusalscope.inputs import sources
+from refusalscope.inputs import detection, sources
 from refusalscope.pipeline import (
     categories,
     category_sets,
@@ -152,8 +153,11 @@ STUDIES = ("categories", "minimal", "jailbreaks", "suffixes", "probe")
 
 def check(verb: str, options: Options) -> None:
     """Raise ValueError for options that a verb cannot honour, before anything is made."""
-    for name in ("category_prompts", "pairs", "suffixes"):
-        if (named := getattr(options, name)) is not None:
+    for name in ("category_prompts", "pairs", "suffixes", "detection", "look_alikes"):
+        named = getattr(options, name)
+        if name == "detection" and named is not None and Path(named).is_dir():
+            detection.check_folder(Path(named))
+        elif named is not None:
             sources.local(str(named), option=f"--{name.replace('_', '-')}")
     if verb in STUDIES and options.protocol == "paper":
         raise ValueError(

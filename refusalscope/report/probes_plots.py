@@ -160,9 +160,9 @@ def _learning(finding: Finding) -> Plot | None:
     if not rows:
         return None
     figure, (axes,) = panels([2.1], left=0.75, top=0.62, bottom=0.5)
-    counts: set[int] = set()
+    counts: set[float] = set()
     for name, colours in CURVES.items():
-        points = [(int(row.setting.partition("n=")[2]), row) for row in rows if row.method == name]
+        points = [(float(row.setting.partition("n=")[2]), row) for row in rows if row.method == name]
         counts |= {count for count, _ in points}
         if points:
             curve(axes, sorted(points, key=lambda point: point[0]), *colours)
