@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Row,
         SaeSlice,
     )
+    from refusalscope.guard.detector import Guard
     from refusalscope.inputs.chat import ChatModel
     from refusalscope.inputs.saes import SaeBank
     from refusalscope.inputs.template import ChatStyle
@@ -56,6 +57,7 @@ _HOMES = {
     "Responses": "core.types",
     "Row": "core.types",
     "SaeSlice": "core.types",
+    "Guard": "guard.detector",
     "ChatModel": "inputs.chat",
     "ChatStyle": "inputs.template",
     "SaeBank": "inputs.saes",
@@ -85,6 +87,7 @@ __all__ = [
     "Feature",
     "FeatureSet",
     "Finding",
+    "Guard",
     "HoldFeatures",
     "Job",
     "Options",

@@ -11,12 +11,14 @@ from nbclient import NotebookClient
 from refusalscope.core.store import Store
 from refusalscope.core.types import Finding
 from refusalscope.studies.health import verdicts
+from refusalscope.studies.probes import ATTACKS
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 FIGURES = {
     "benchmark": 5,  # refused, answered, did what was asked, cost, induced
     "cat_harm": 9,  # overlap, shares, transfer, own; drops, graph; sizes, features, woken
+    "probes": 4,  # who tells what, what is flagged, reliability, learning curves
     "sae_transfer": 1,  # both sets, by kind of text
     "wildjailbreak": 8,  # drops, families, features, telling, restored; curve, words, one goal
 }
@@ -89,3 +91,14 @@ def test_two_sets_of_saes_are_compared_from_top_to_bottom(folder: Path, monkeypa
     assert (made / "report.html").is_file()
     words = {(trust.sae_set, trust.word) for trust in verdicts(Store(made).read("findings/health.json", Finding))}
     assert words == {("sae", "trusted"), ("base", "not to be trusted")}
+
+
+def test_probes_and_a_guard_from_top_to_bottom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("probes", folder, monkeypatch)
+    made = folder / "runs" / "testbed-probes"
+    assert (made / "report.html").is_file()
+    finding = Store(made).read("findings/probes.json", Finding)
+    guard = finding.find(" vs ".join(ATTACKS), str(finding.provenance["guard"]), "auroc", "intent")
+    assert guard is not None
+    assert guard.estimate is not None
+    assert guard.estimate > 0.85

@@ -45,7 +45,7 @@ class Activations:
     layer: int
     """The layer whose SAE was read whole, of d_sae features."""
     starts: Int[Tensor, "bound"]
-    """Prompts and one more: where each prompt's active features begin in `index` and `value`, as in a compressed sparse row matrix."""
+    """Where each prompt's active features begin in `index` and `value`, and where the last one's end, as in CSR."""
     index: Int32[Tensor, "entry"]
     value: Float16[Tensor, "entry"]
     value_scale: Float[Tensor, "prompt"]

@@ -91,8 +91,8 @@ def describe_run(job: Job, fitted: Fitted, left_out: Sequence[str] = ()) -> None
     standing = {path.removeprefix("findings/") for path in job.store.paths("findings", ".json")}
     finding = job.store.read("findings/benchmark.json", Finding) if "benchmark.json" in standing else None
     # Named by what the folder holds, not by what ran last: the same results have the same page.
-    names = ("categories", "jailbreaks", "suffixes", "minimal", "health")
-    studies = (name for name in names if f"{name}.json" in standing)
+    names = ("categories", "jailbreaks", "suffixes", "minimal", "health", "probes")
+    studies = ("probe" if name == "probes" else name for name in names if f"{name}.json" in standing)
     verb = "sweep" if job.options.sizes else "run" if finding is not None else next(studies, "verify")
     about = {
         "title": f"Why does {job.target.name} refuse?",
