@@ -166,10 +166,22 @@ def test_groups(plain: tuple[float, ...], attack: tuple[float, ...], outcome: st
     assert _outcome(before, after) == outcome
 
 
+def test_the_share_of_attacks_that_succeed_is_a_plain_count(measured: Measured, finding: Finding) -> None:
+    won = [outcome == SUCCEEDED for outcome in measured.outcomes]
+    inside = {"all pairs": [True] * len(won)}
+    inside |= {f"family={one}": [own == one for own in measured.families] for one in set(measured.families)}
+    for setting, mask in inside.items():
+        row = finding.find("pairs", "base", "succeeded", setting)
+        assert row is not None
+        assert row.n == sum(mask)
+        assert row.estimate == pytest.approx(sum(w for w, m in zip(won, mask, strict=True) if m) / sum(mask))
+
+
 def test_the_page_says_what_the_rows_say(finding: Finding) -> None:
     said = " ".join(told.sentences(finding))
     assert "bring coherent refusal back in 80.0% [" in said
-    assert {"drops", "telling", "families", "features", "restored", "against", "drawn"} == set(told.tables(finding))
+    tables = {"passed", "drops", "telling", "families", "features", "restored", "against", "drawn"}
+    assert set(told.tables(finding)) == tables
     drawn = plots.plots(finding)
     assert {f"jailbreaks-{name}" for name in ("drops", "families", "features", "telling", "restored")} == set(drawn)
     assert all(render(plot.figure, "svg") for plot in drawn.values())
