@@ -77,8 +77,8 @@ job = rs.Job(options, FOLDER, lambda what, done, total: status.update(Markdown(f
 # ## Features, and every probe
 #
 # Features are found on plain requests alone. Then every prompt is read once, answered once, and what it shows is kept
-# on disk: the residual stream at every layer, the features of the sets, and all features of one layer. Probes are logistic
-# regressions on standardised inputs, their penalty chosen by folds in which no group is torn apart, and the
+# on disk: the residual stream at every layer, the features of the sets, and all features of one layer. Probes are
+# logistic regressions on standardised inputs, their penalty chosen by folds in which no group is torn apart, and the
 # difference of the class means.
 
 # %%
@@ -105,8 +105,8 @@ def table(metric, scheme, columns):
 # ## By intent
 #
 # Harmful is 1, whatever came of it: what a guard needs. The negatives of each comparison stand after "vs". Plain
-# prompts are easy for every probe; the question is what happens in disguises that none has seen. Look at the baselines first:
-# where prompt length alone does well, a comparison says little.
+# prompts are easy for every probe; the question is what happens in disguises that none has seen. Look at the baselines
+# first: where prompt length alone does well, a comparison says little.
 
 # %%
 table("auroc", "intent", [" vs ".join(pair) for pair in PAIRS["intent"]])

@@ -79,7 +79,7 @@ def _others(finding: Finding, guard: str) -> list[str]:
 def sentences(finding: Finding) -> tuple[str, ...]:
     """For the chapter: the guard, features against dense probes, what is lost off plain prompts, the paper's labels."""
     guard = str(finding.provenance.get("guard", ""))
-    made = [*headline(finding), _contest(finding), _lost(finding, guard)]
+    made = [*headline(finding), _contest(finding), _lost(finding, guard), _chosen(finding)]
     return tuple(filter(None, [*made, _paper(finding)]))
 
 
@@ -113,6 +113,13 @@ def _lost(finding: Finding, guard: str) -> str:
         else " No loss is shown."
     )
     return f"From plain prompts to attacks that pass the guard loses {_said(row)} of AUROC (n = {row.n}).{why}"
+
+
+def _chosen(finding: Finding) -> str:
+    """Where dense probes read, by validation."""
+    chosen = finding.provenance.get("chosen on validation", {})
+    parts = [f"{method} {detail.replace('=', ' ')}" for method, detail in chosen.items()]
+    return f"Chosen on plain validation prompts: {_listed(parts)}." if parts else ""
 
 
 def _paper(finding: Finding) -> str:

@@ -136,7 +136,9 @@ def summarise(
     rows += [row for curve in curves for row in _learned(curve, test)]
     rows += [_counted(name, test) for name in GROUPS]
     notes = [*caveats, *_notes(test, validation)]
-    return Finding("probes", QUESTION, tuple(stats.with_holm(rows)), tuple(notes), {**provenance, "guard": guard})
+    chosen = {one.method: one.detail for one in scored if one.scheme == "intent" and one.detail}
+    about = {**provenance, "guard": guard, "chosen on validation": chosen}
+    return Finding("probes", QUESTION, tuple(stats.with_holm(rows)), tuple(notes), about)
 
 
 def truth(scheme: Scheme, item: Item) -> float:
