@@ -34,7 +34,7 @@ def keep_guard(
     job: Job, fitted: Fitted, detector: Detector, scored: Scored, plan: Plan, validation: Sequence[Item]
 ) -> None:
     """Write `guard/`, unless it stands. Raises ValueError with fewer benign validation prompts than a rate needs."""
-    key = job.key("guard", scored._asdict(), detector._asdict(), fitted.direction)
+    key = job.key("guard", scored._asdict(), detector._asdict(), plan.pooling, fitted.direction)
     paths = [f"{FOLDER}/guard.json", f"{FOLDER}/guard.safetensors"]
     if all(job.store.has(path, key) for path in paths):
         return

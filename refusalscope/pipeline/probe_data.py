@@ -33,7 +33,6 @@ from refusalscope.studies.probes import BASELINES as METHODS
 from refusalscope.studies.probes import COMMON, FAILED, RANDOM, SUCCEEDED, Item, Part
 
 FOLDER = "probes"
-CHOSEN = "cosine+attribution"
 DRAWS = 20
 """Random feature sets."""
 BASELINES = dict(zip(("length", "log_odds", "projection", "perplexity"), METHODS, strict=True))
@@ -124,6 +123,11 @@ class Readings(NamedTuple):
     size: int
     """d_sae of the layer that was read whole."""
 
+    @property
+    def named(self) -> list[str]:
+        """The sets that are no random ones."""
+        return [name for name in self.sets if not name.startswith(f"{RANDOM} ")]
+
     def features(self, name: str) -> Source:
         return self.captured.source(capture.chosen(self.sets[name], self.plan.features))
 
@@ -145,7 +149,8 @@ class Readings(NamedTuple):
 
 def read_prompts(job: Job, fitted: Fitted, chosen: Chosen, sets: CategorySets, given: Detection) -> Readings:
     """Capture every set in one pass, and read the baselines."""
-    named = {COMMON: sets.common, CHOSEN: next(iter(chosen.sets.values()))}
+    main = chosen.sets.get("cosine+attribution", next(iter(chosen.sets.values())))
+    named = {COMMON: sets.common, main.method: main}
     drawn = sets.random_like(sets.common, seed=job.options.seed, draws=DRAWS)
     named |= {f"{RANDOM} {draw}": made for draw, made in enumerate(drawn)}
     slices = kept_slices(job, f"{FOLDER}/slices", named.values())

@@ -25,7 +25,6 @@ from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.measure import keep_finding, provenance
 from refusalscope.pipeline.probe_data import (
     BASELINES,
-    CHOSEN,
     DRAWS,
     FOLDER,
     PARTS,
@@ -37,7 +36,7 @@ from refusalscope.pipeline.probe_data import (
 from refusalscope.pipeline.select import Chosen
 from refusalscope.pipeline.sizes import WHOLE, Sizes
 from refusalscope.studies import probes as study
-from refusalscope.studies.probes import COMMON, DENSE, RANDOM, Curve, Item, Role, Scheme, Scored, truth
+from refusalscope.studies.probes import DENSE, RANDOM, Curve, Item, Role, Scheme, Scored, truth
 
 TRAIN, VALIDATION, *TESTS = PARTS
 LEARNING = (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -77,9 +76,9 @@ def run_probes(job: Job, fitted: Fitted, chosen: Chosen, sets: CategorySets, *, 
     given = probe_prompts(job, _counts(job, sizes))
     items = items_of(job, fitted, given)
     readings = read_prompts(job, fitted, chosen, sets, given)
-    key = job.key("probes", *given.sets, {name: [list(item) for item in own] for name, own in items.items()},
-                  readings.plan.pooling, {name: list(map(str, own)) for name, own in readings.sets.items()},
-                  job.options.seed)  # fmt: skip
+    told = {name: [list(item) for item in own] for name, own in items.items()}
+    read = {name: [str(feature) for feature in own] for name, own in readings.sets.items()}
+    key = job.key("probes", *given.sets, told, read, readings.plan.pooling, job.options.k, job.options.seed)
     fits, notes = {}, []
     for scheme in ("intent", "refusal"):
         made = job.store.get(f"{FOLDER}/{scheme}.json", key, dict, partial(_fit_all, job, readings, items, scheme))
@@ -145,7 +144,7 @@ def _labelled(train: Sequence[Item], scheme: Scheme, *, seed: int, order: Sequen
 
 def _candidates(job: Job, readings: Readings, labelled: Labelled) -> Iterator[Candidate]:
     """Every representation, features first."""
-    sets = {COMMON: readings.sets[COMMON], CHOSEN: readings.sets[CHOSEN]}
+    sets = {name: readings.sets[name] for name in readings.named}
     sources = {name: readings.features(name) for name in sets}
     layer, found = readings.plan.layer, _mean_difference(readings, labelled, job.options.k)
     sets["mean-difference features"] = tuple(Feature(layer, index) for index in found)
@@ -225,7 +224,7 @@ def _curves(job: Job, readings: Readings, items: Mapping[str, list[Item]], fitte
     seed, train = job.options.seed, items[TRAIN]
     order = np.random.default_rng(seed).permutation(len(train)).tolist()
     layer = next(one.detail for one in fitted if one.method == DENSE)
-    sources = {name: readings.features(name) for name in (COMMON, CHOSEN)} | {DENSE: readings.dense()[layer]}
+    sources = {name: readings.features(name) for name in readings.named} | {DENSE: readings.dense()[layer]}
     inputs = {method: capture.matrix(source, TRAIN) for method, source in sources.items()}
     made = []
     for count in [*(n for n in LEARNING if n < len(order)), len(order)]:
