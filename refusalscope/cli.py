@@ -179,6 +179,7 @@ def drive(
 ) -> None:
     """Make the options and the job, run the chain, have the answers judged, print where the result lies."""
     from refusalscope.pipeline import chains, judge, options, whole
+    from refusalscope.pipeline.answered import of_benchmark
     from refusalscope.pipeline.job import Job
 
     if "columns" in values:
@@ -199,7 +200,8 @@ def drive(
         path = job.run(chains.CHAINS[verb])
         if names:
             job.release()
-            tell(judge.judge_run(job.store, names, settings, progress=progress))
+            # Studies answer too, under many edits: their answers are for `judge`, which can be told which.
+            tell(judge.judge_run(job.store, names, settings, datasets=of_benchmark(job.store), progress=progress))
         job.finish()
         if verb == "run":
             for line in whole.left_out(job.store):

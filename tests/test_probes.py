@@ -262,6 +262,7 @@ def test_the_same_command_again_changes_no_byte(run: Path) -> None:
         (["--pooling", "sum"], "--pooling"),
         (["--detection", "nowhere.csv"], "--detection nowhere.csv"),
         (["--protocol", "paper"], "--protocol paper"),
+        (["--look-alikes", "nowhere.csv"], "--look-alikes nowhere.csv"),
     ],
 )
 def test_bad_input_ends_with_one_line(words: list[str], says: str, tmp_path: Path) -> None:

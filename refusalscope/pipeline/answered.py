@@ -56,6 +56,12 @@ def answers(store: Store) -> list[Answered]:
     return _in_order(store, found)
 
 
+def of_benchmark(store: Store) -> list[str]:
+    """The data sets that the benchmark answered, without those that strengths were tried on."""
+    asked = {row.dataset for row in store.read("findings/benchmark.json", Finding).rows} - {DATASET_OF_STRENGTHS}
+    return sorted(asked & {path.split("/")[1] for path in store.paths("responses", ".jsonl")})
+
+
 def only(answered: Sequence[Answered], datasets: Iterable[str] | None) -> list[Answered]:
     """The answers to these data sets, or all. Raises ValueError for one that was not answered, naming near ones."""
     if datasets is None:
