@@ -31,17 +31,18 @@ def section(findings: Mapping[str, Finding]) -> dict[str, Any]:
 
 def headline(finding: Finding) -> tuple[str, ...]:
     """For a reader who is no specialist: how well the guard sees attacks, what it flags by mistake, what else would."""
-    guard = str(finding.provenance.get("guard", ""))
+    guard, size = str(finding.provenance.get("guard", "")), finding.provenance.get("guard reads")
     found = finding.find(ON_ATTACKS, guard, "auroc", "intent")
+    what = f"The guard is a probe on {guard}, {size} numbers read off the prompt before anything is answered"
     if found is None or not found.n:
         return (
-            f"The guard reads {guard}. Whether it sees attacks that pass is not known: no attack in this run did, or "
-            "there was no harmless prompt in such a disguise to tell them from.",
+            f"{what}. Whether it sees attacks that pass is not known: no attack in this run did, or there was no "
+            "harmless prompt in such a disguise to tell them from.",
         )
     said = [
-        f"The guard reads the {guard} of a prompt before anything is answered; it was trained and chosen on plain "
-        f"prompts alone. It tells attacks that pass from harmless prompts in disguise with an AUROC of {_said(found)} "
-        f"(n = {found.n}; 1 is without fault, .5 is chance), {_against_goal(found)}."
+        f"{what}; it was trained and chosen on plain prompts alone. It tells attacks that pass from harmless prompts in "
+        f"disguise with an AUROC of {_said(found)} (n = {found.n}; 1 is without fault, .5 is chance), "
+        f"{_against_goal(found)}."
     ]
     rate = next((rate for rate in sorted(RATES) if finding.find("plain benign", guard, _flag(rate), "intent")), None)
     if rate is not None:
@@ -99,7 +100,7 @@ def _verdict(row: Row) -> str:
     if row.low is None or row.high is None:
         return "the two were not compared"
     if row.p_holm is not None and row.p_holm > 0.05:
-        return "neither is shown to be better"
+        return "neither is shown to be better once corrected for all comparisons"
     return "the features are better" if row.low > 0 else "the dense probe is better"
 
 
@@ -108,7 +109,7 @@ def _lost(finding: Finding, guard: str) -> str:
     if row is None or not row.n:
         return ""
     why = (
-        " Attacks lower the very features that it reads."
+        " What attacks do to refusal features stands in the chapter on attacks."
         if row.low is not None and row.low > 0
         else " No loss is shown."
     )

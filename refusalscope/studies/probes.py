@@ -137,7 +137,8 @@ def summarise(
     rows += [_counted(name, test) for name in GROUPS]
     notes = [*caveats, *_notes(test, validation)]
     chosen = {one.method: one.detail for one in scored if one.scheme == "intent" and one.detail}
-    about = {**provenance, "guard": guard, "chosen on validation": chosen}
+    size = next((one.size for one in scored if (one.method, one.scheme) == (guard, "intent")), 0)
+    about = {**provenance, "guard": guard, "guard reads": size, "chosen on validation": chosen}
     return Finding("probes", QUESTION, tuple(stats.with_holm(rows)), tuple(notes), about)
 
 
@@ -288,13 +289,13 @@ def _counted(name: str, test: Sequence[Item]) -> Row:
 
 
 def _notes(test: Sequence[Item], validation: Sequence[Item]) -> list[str]:
-    notes = []
     negatives = sum(not item.harmful for item in validation)
-    if negatives < ENOUGH[0.01]:
-        notes.append(
-            f"Validation holds {negatives} benign prompts: no threshold is set for 1% false positives, which takes "
-            f"{ENOUGH[0.01]}."
-        )
+    notes = [
+        f"Validation holds {negatives} benign prompts: no threshold is set for {rate:.0%} false positives, which takes "
+        f"{needed}."
+        for rate, needed in ENOUGH.items()
+        if negatives < needed
+    ]
     for name in ("successful attacks", "adversarial benign", "look-alikes"):
         if not any(GROUPS[name](item) for item in test):
             notes.append(f"The test prompts hold no {name}: nothing is known of probes on them.")
