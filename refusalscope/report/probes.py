@@ -40,8 +40,8 @@ def headline(finding: Finding) -> tuple[str, ...]:
             "harmless prompt in such a disguise to tell them from.",
         )
     said = [
-        f"{what}; it was trained and chosen on plain prompts alone. It tells attacks that pass from harmless prompts in "
-        f"disguise with an AUROC of {_said(found)} (n = {found.n}; 1 is without fault, .5 is chance), "
+        f"{what}; it was trained and chosen on plain prompts alone. It tells attacks that pass from harmless prompts "
+        f"in disguise with an AUROC of {_said(found)} (n = {found.n}; 1 is without fault, .5 is chance), "
         f"{_against_goal(found)}."
     ]
     rate = next((rate for rate in sorted(RATES) if finding.find("plain benign", guard, _flag(rate), "intent")), None)

@@ -132,7 +132,7 @@ def summarise(
             continue
         rows += [row for one in single for row in _calibrated(one, test, binned=one.method in (*BINNED, guard))]
         rows += [row for one in single for row in _flagged(one, validation, test)]
-    rows += [row for one in scored if one.scheme == "intent" and one.draw is None for row in [_gap(one, test)]]
+    rows += [_gap(one, test) for one in scored if one.scheme == "intent" and one.draw is None]
     rows += [row for curve in curves for row in _learned(curve, test)]
     rows += [_counted(name, test) for name in GROUPS]
     notes = [*caveats, *_notes(test, validation)]
@@ -271,12 +271,10 @@ def _gap(one: Scored, test: Sequence[Item]) -> Row:
 
 
 def _learned(curve: Curve, test: Sequence[Item]) -> list[Row]:
-    rows = []
-    for pair in (PAIRS["intent"][0], ATTACKS):
-        sides = _Sides.of(test, pair)
-        found = ranking.auroc(*sides.sample(curve.test), *sides.clusters)
-        rows.append(Row(sides.name, curve.method, "learning_curve", f"intent n={curve.prompts}", *found))
-    return rows
+    made = [_Sides.of(test, pair) for pair in (PAIRS["intent"][0], ATTACKS)]
+    found = [ranking.auroc(*sides.sample(curve.test), *sides.clusters) for sides in made]
+    about = (curve.method, "learning_curve", f"intent n={curve.prompts}")
+    return [Row(sides.name, *about, *estimate) for sides, estimate in zip(made, found, strict=True)]
 
 
 def _counted(name: str, test: Sequence[Item]) -> Row:
