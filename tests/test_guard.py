@@ -239,7 +239,12 @@ def test_lines_of_json_go_in_and_come_out_scored(guard: Guard, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [("{", "line 2: not JSON"), ('{"question": "x"}', "line 2: no prompt"), ('{"text": " "}', "line 2: no")],
+    [
+        ("{", "line 2: not JSON"),
+        ('{"question": "x"}', "line 2: no prompt"),
+        ('{"text": " "}', "line 2: no prompt"),
+        (f'{{"text": "{"why " * 600}"}}', "line 2 is longer than the"),
+    ],
 )
 def test_a_line_that_is_no_prompt_ends_with_its_number(line: str, says: str, guard: Guard, tmp_path: Path) -> None:
     guard.save(tmp_path / "guard")

@@ -94,8 +94,14 @@ class Guard:
             write_atomically(Path(folder) / name, written)
 
     def score(self, prompts: Prompts | Sequence[str], *, batch_size: int = BATCH) -> list[Scored]:
-        """Score prompts before anything is generated, in order. Raises ValueError for one without any text."""
+        """Score prompts before anything is generated, in order.
+
+        Raises ValueError for one without any text, or longer than the model's context.
+        """
         rows = prompts if isinstance(prompts, Prompts) else named(prompts)
+        context = self.model.context
+        if context is not None and (long := self.model.longer(rows, context)):
+            raise ValueError(f"prompt {long[0]} is longer than the {context} tokens that {self.model.name} can read")
         return [one for _, tokens in self.model.batches(rows, batch_size) for one in self.score_tokens(tokens)]
 
     def stream(self, prompts: Iterable[str], *, batch_size: int = BATCH) -> Iterator[Scored]:

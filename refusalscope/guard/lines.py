@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from refusalscope.core.types import Prompt, Prompts
 from refusalscope.guard.content import DESCRIPTION
 from refusalscope.guard.detector import BATCH, Guard, Scored
 
@@ -19,6 +20,7 @@ STANDARD_INPUT = Path("-")
 class _Line(NamedTuple):
     row: dict[str, Any]
     text: str
+    place: str
 
 
 def score_lines(folder: Path, prompts: Path, *, model: str | None = None, batch_size: int = BATCH) -> Iterator[str]:
@@ -31,7 +33,8 @@ def score_lines(folder: Path, prompts: Path, *, model: str | None = None, batch_
     guard = Guard.load(inside if (inside / DESCRIPTION).is_file() else folder, model=model)
     lines = _lines(prompts)
     while batch := list(islice(lines, batch_size)):
-        scored = guard.score([line.text for line in batch], batch_size=batch_size)
+        rows = Prompts("guarded", tuple(Prompt(line.place, line.text, "harmless") for line in batch))
+        scored = guard.score(rows, batch_size=batch_size)
         yield from (_written(line.row, found) for line, found in zip(batch, scored, strict=True))
 
 
@@ -56,7 +59,7 @@ def _parsed(written: str, place: str) -> _Line:
     text = next((row[name] for name in TEXTS if name in row), None) if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{place}: no prompt: write an object with a text called {', '.join(TEXTS)}")
-    return _Line(row, text)
+    return _Line(row, text, place)
 
 
 def _written(row: dict[str, Any], scored: Scored) -> str:
