@@ -7,11 +7,14 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from refusalscope.core.types import Prompts
-from refusalscope.inputs import detection
+from refusalscope.inputs import detection, sources
 from refusalscope.inputs.detection import Counts, Detection
+from refusalscope.inputs.pairs import WILDJAILBREAK
 from refusalscope.inputs.prompts import normalised
+from tests import hub
 
 SMALL = Counts(40, 20, 20)
 DATA = Path(__file__).parents[2] / "shared" / "data" / "refusal_direction"
@@ -73,6 +76,24 @@ def test_a_plain_prompt_and_its_adversarial_form_stay_together(tmp_path: Path) -
         assert row.details["plain"] in row.text
     assert not any("Once upon" in row.text for row in (*given.train, *given.validation, *given.plain))
     assert any("more than were asked for" in note for note in given.notes)
+
+
+def test_wildjailbreak_is_read_by_name_and_its_losses_are_counted() -> None:
+    columns = ["vanilla", "adversarial", "completion", "data_type"]
+    rows = [*jailbreaks(300), {"vanilla": "A thing", "data_type": "chat"}, {"data_type": "vanilla_harmful"}]
+    lines = ["\t".join(row.get(name, "a secret" if name == "completion" else "") for name in columns) for row in rows]
+    commit = sources.PINNED[WILDJAILBREAK]
+    files = {"train/train.tsv": "\n".join(["\t".join(columns), *lines]) + "\n", "eval/eval.tsv": "adversarial\na\n"}
+    hub.dataset(Path(constants.HF_HUB_CACHE), WILDJAILBREAK, commit, files)
+    given = detection.load(None, own=False, counts=SMALL, language=None)
+    assert [len(rows) for rows in given.sets] == [80, 40, 40, 40, 0]
+    assert {row.source for rows in given.sets for row in rows} == {f"{WILDJAILBREAK}@{commit}"}
+    assert "secret" not in repr(given)
+    reasons = (
+        "1 of 1202 rows left out: of another type than vanilla_harmful",
+        "1 of 1202 rows left out: no plain form",
+    )
+    assert all(any(reason in note for note in given.notes) for reason in reasons)
 
 
 def test_which_are_drawn_does_not_depend_on_the_order_of_the_file(tmp_path: Path) -> None:
