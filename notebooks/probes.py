@@ -22,6 +22,7 @@
 # `probes.py` is what you edit; `make notebook` builds `probes.ipynb` from it, which is kept without outputs.
 
 # %%
+from dataclasses import replace
 from pathlib import Path
 
 import pandas
@@ -64,7 +65,7 @@ LOOK_ALIKES = None
 POOLING = "last"
 K = 12
 CATEGORIES = ("Malware", "Physical Harm", "Fraud/Deception")
-SIZES = SMALL
+SIZES = replace(SMALL, probe_prompts=120)
 FOLDER = Path("runs") / f"{MODEL}-probes".replace("/", "-")
 
 given = {"detection": DETECTION, "look_alikes": LOOK_ALIKES, "pooling": POOLING, "paper_labels": True}
