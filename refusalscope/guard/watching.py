@@ -52,6 +52,13 @@ def watch(
     return made
 
 
+class _Said(NamedTuple):
+    """What was pooled so far, over how many tokens."""
+
+    pooled: Float[Tensor, "prompt k"]
+    count: Int[Tensor, "prompt 1"]
+
+
 class _Watching:
     """Reads residuals as they pass, changes none, and scores once the last layer it needs has been seen."""
 
@@ -59,8 +66,7 @@ class _Watching:
         self._guard = guard
         self._on_score = on_score
         self._seen: dict[int, Tensor] = {}
-        self._kept: Tensor | None = None
-        self._count: Tensor | None = None
+        self._said: _Said | None = None
         self.logits: dict[str, list[float]] = {}
 
     def edits(self, layers: Sequence[int]) -> dict[int, Edit]:
@@ -94,19 +100,16 @@ class _Watching:
     def _so_far(self, roles: Int[Tensor, "prompt position"]) -> Float[Tensor, "prompt k"]:
         """The probe's inputs for the text so far, from those of the new positions and what was kept."""
         how = self._guard.content.pooling
-        if how == "last" or self._kept is None:
-            fresh = self._guard.inputs(self._seen, roles)
+        if how == "last":
+            return self._guard.inputs(self._seen, roles)
+        if self._said is None:
             said = (roles == Role.INSTRUCTION) | (roles == Role.RESPONSE)
-            self._kept, self._count = fresh, said.sum(1)
-            return fresh
+            self._said = _Said(self._guard.inputs(self._seen, roles), said.sum(1, keepdim=True))
+            return self._said.pooled
+        before, count = self._said
         going = roles[:, -1:] == Role.RESPONSE
         # A row that has ended has no position of its own to pool: it is read all the same, and not used.
         fresh = self._guard.inputs(self._seen, torch.full_like(roles, int(Role.RESPONSE)))
-        assert self._count is not None
-        if how == "max":
-            together = torch.maximum(self._kept, fresh)
-        else:
-            together = (self._kept * self._count[:, None] + fresh) / (self._count[:, None] + 1)
-        self._kept = torch.where(going, together, self._kept)
-        self._count = self._count + going[:, 0]
-        return self._kept
+        together = torch.maximum(before, fresh) if how == "max" else (before * count + fresh) / (count + 1)
+        self._said = _Said(torch.where(going, together, before), count + going)
+        return self._said.pooled
