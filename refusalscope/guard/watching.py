@@ -56,7 +56,7 @@ class _Said(NamedTuple):
     """What was pooled so far, over how many tokens."""
 
     pooled: Float[Tensor, "prompt k"]
-    count: Int[Tensor, "prompt 1"]
+    tokens: Int[Tensor, "prompt 1"]
 
 
 class _Watching:
