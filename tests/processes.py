@@ -53,7 +53,7 @@ class Running:
 
     def end(self) -> Ended:
         """Wait for the end. The bound is for a process that hangs, not for how long it may take."""
-        self.process.join(300)
+        self.process.join(1800)
         assert self.process.exitcode is not None, "the process hangs"
         out, err = (file.read_text() for file in self.said)
         return Ended(self.process.exitcode, out, err)

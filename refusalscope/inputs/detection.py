@@ -5,57 +5,22 @@ kinds and on look-alikes. A plain prompt and its adversarial form are one group,
 splits: where splits are drawn here they are drawn by group, and where a file names them, a leak is an error.
 """
 
-import hashlib
-import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
 
 from refusalscope.core.types import Label, Prompt, Prompts
 from refusalscope.inputs import language as languages
+from refusalscope.inputs.detection_rows import COLUMNS, LABELS, Counts, Split, digest, sampled
 from refusalscope.inputs.pairs import WILDJAILBREAK
 from refusalscope.inputs.prompts import grammar_rows, normalised
 from refusalscope.inputs.sources import Reading, locate
-from refusalscope.inputs.tables import TableRow, read_table
+from refusalscope.inputs.tables import read_table
 from refusalscope.testbed import grammar
 
-T = TypeVar("T")
-Split = Literal["train", "validation", "test"]
 CLASSES: tuple[Label, ...] = ("harmful", "harmless")
-SHARES: Mapping[Split, float] = {"train": 0.6, "validation": 0.15, "test": 0.25}
-"""Of the groups, where a source names no splits."""
-LABELS: Mapping[str, Label] = {
-    **dict.fromkeys(("harmful", "unsafe", "1"), "harmful"),
-    **dict.fromkeys(("harmless", "benign", "safe", "0"), "harmless"),
-    "look-alike": "look-alike",
-}
-KINDS: Mapping[str, tuple[Label, bool]] = {
-    "vanilla_harmful": ("harmful", False),
-    "vanilla_benign": ("harmless", False),
-    "adversarial_harmful": ("harmful", True),
-    "adversarial_benign": ("harmless", True),
-}
-"""WildJailbreak's types: the label, and whether the adversarial form is the prompt."""
-COLUMNS = {
-    "plain": ("plain", "vanilla", "text", "prompt", "instruction", "question"),
-    "adversarial": ("adversarial",),
-    "kind": ("data_type",),
-    "label": ("label", "class"),
-    "split": ("split",),
-    "group": ("group", "cluster", "intent"),
-}
 LOOK_ALIKES = {"text": ("prompt", "text", "question", "instruction"), "label": ("label", "class")}
-
-
-class Counts(NamedTuple):
-    """The most prompts of each class, harmful and benign, that a part holds."""
-
-    train: int = 2000
-    validation: int = 400
-    test: int = 500
-    """Of plain, of adversarial, and of look-alike prompts each."""
 
 
 @dataclass(frozen=True)
@@ -187,126 +152,22 @@ def _splits_file(file: Path, label: Label) -> Iterator[Prompt]:
         text = row.values.get("instruction")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{file}, {row.place}: no text in column 'instruction'")
-        distinct.setdefault(normalised(text), (text, _rank(text)))
+        distinct.setdefault(normalised(text), (text, digest(text)))
     for text, rank in sorted(distinct.values(), key=lambda pair: pair[1]):
         yield Prompt(f"{label}-{rank[:12]}", text, label, source=file.stem)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A usable prompt of a table, and what decides whether and where it is used; the smallest ranks are."""
-
-    split: Split
-    prompt: Prompt
-    adversarial: bool
-    rank: str
-    place: str
-
-    @property
-    def part(self) -> str:
-        if self.prompt.label == "look-alike":
-            return "look-alikes"
-        return "adversarial" if self.adversarial else "plain" if self.split == "test" else self.split
 
 
 def _from_table(named: str, counts: Counts, language: str | None) -> Detection:
     found = locate(named, option="--detection", tags=("train",))
     kept = languages.check(language or (None if found.local else "en"))
     reading = Reading(found.path, COLUMNS, needed=("plain",))
-    chosen = _sampled(reading, found.name, kept, counts)
+    chosen = sampled(reading, found.name, kept, counts)
     sets = {
-        part: Prompts(f"probe-{part}", tuple(row.prompt for row in sorted(chosen, key=_by_rank) if row.part == part))
+        part: Prompts(f"probe-{part}", tuple(row.prompt for row in chosen if row.part == part))
         for part in ("train", "validation", "plain", "adversarial", "look-alikes")
     }
     every = () if kept else (f"{found.name}: prompts of every language are used.",)
     return Detection(*sets.values(), notes=(*every, *reading.notes(found.name)))
-
-
-def _by_rank(row: _Row) -> str:
-    return row.rank
-
-
-def _sampled(reading: Reading, source: str, language: str | None, counts: Counts) -> list[_Row]:
-    """Of every part and class the rows of least rank; only these are in memory, and of the others their ranks."""
-    limits = {"train": counts.train, "validation": counts.validation}
-    kept: dict[tuple[str, Label], list[tuple[int, str, _Row]]] = {}  # heaps, the greatest rank first
-    for row in _usable(reading, source):
-        heap = kept.setdefault((row.part, row.prompt.label), [])
-        entry, limit = (-int(row.rank, 16), row.place, row), limits.get(row.part, counts.test)
-        if len(heap) == limit and entry[0] < heap[0][0]:
-            reading.drop("more than were asked for", row.place)
-        elif languages.is_foreign(row.prompt.text, language):
-            reading.drop(f"not in the language {language}", row.place)
-        elif len(heap) < limit:
-            heapq.heappush(heap, entry)
-        else:
-            reading.drop("more than were asked for", heapq.heapreplace(heap, entry)[1])
-    return [row for heap in kept.values() for _, _, row in heap]
-
-
-def _usable(reading: Reading, source: str) -> Iterator[_Row]:
-    """Every prompt once. A text that a file puts into two splits is handed on twice, for `check` to find."""
-    seen: set[tuple[str, str]] = set()
-    for row in reading.rows():
-        made = _parsed(row, source, reading)
-        if isinstance(made, str):
-            reading.drop(made, row.place)
-        elif (made.rank, made.split) in seen:
-            reading.drop("repeats an earlier prompt", row.place)
-        elif made.adversarial and made.split != "test":
-            reading.drop(f"adversarial, in the {made.split} split: probes learn from plain prompts alone", row.place)
-        else:
-            seen.add((made.rank, made.split))
-            yield made
-
-
-def _parsed(row: TableRow, source: str, reading: Reading) -> "_Row | str":
-    """One row as a prompt, or why it is none. Raises ValueError for a word that no column may hold."""
-    values = {name: str(value).strip() for name, value in row.values.items()}
-    plain, adversarial = values.get("plain", ""), values.get("adversarial", "")
-    if kind := values.get("kind"):
-        if kind not in KINDS:
-            return f"of another type than {', '.join(KINDS)}"
-        label, disguised = KINDS[kind]
-    else:
-        label, disguised = _word(values, "label", LABELS, row, reading), bool(adversarial)
-    text = adversarial if disguised else plain
-    if not text:
-        return f"no {'adversarial' if disguised else 'plain'} form"
-    rank = _rank(text)
-    group = values.get("group") or normalised(plain or text)
-    split = _word(values, "split", _SPLITS, row, reading) if "split" in values else drawn_split(group)
-    if label == "look-alike" and "split" not in values:
-        split = "test"
-    details = {"plain": plain} if disguised and plain else {}
-    name = f"{'adversarial' if disguised else 'plain'}-{label}-{split}-{rank[:12]}"
-    return _Row(
-        split, Prompt(name, text, label, source=source, cluster=group, details=details), disguised, rank, row.place
-    )
-
-
-_SPLITS: Mapping[str, Split] = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
-
-
-def _word(values: Mapping[str, str], column: str, known: Mapping[str, T], row: TableRow, reading: Reading) -> T:
-    found = values.get(column, "")
-    if found.casefold() not in known:
-        raise ValueError(
-            f"{reading.path}, {row.place}: {column} {found!r} is none of {', '.join(known)}"
-            if column in values
-            else f"{reading.path}, {row.place}: no column {' or '.join(COLUMNS[column])}, which says what is harmful"
-        )
-    return known[found.casefold()]
-
-
-def drawn_split(group: str) -> Split:
-    """The split of a group: a hash of its name decides, so that a group is never torn apart."""
-    at, bound = int(_rank(group)[:12], 16) / 16**12, 0.0
-    for split, share in SHARES.items():
-        bound += share
-        if at < bound:
-            return split
-    return "test"
 
 
 def _with_look_alikes(made: Detection, named: str, count: int) -> Detection:
@@ -322,7 +183,7 @@ def _with_look_alikes(made: Detection, named: str, count: int) -> Detection:
             reading.drop("stands in another set too, or repeats a row", row.place)
         else:
             taken.add(normalised(text))
-            rows[_rank(text)] = Prompt(f"look-alike-{_rank(text)[:12]}", text, "look-alike", source=found.name)
+            rows[digest(text)] = Prompt(f"look-alike-{digest(text)[:12]}", text, "look-alike", source=found.name)
     kept = tuple(rows[rank] for rank in sorted(rows)[:count])
     if not kept:
         raise ValueError(
@@ -333,7 +194,3 @@ def _with_look_alikes(made: Detection, named: str, count: int) -> Detection:
         look_alikes=Prompts("probe-look-alikes", kept),
         notes=(*made.notes, *reading.notes(found.name)),
     )
-
-
-def _rank(text: str) -> str:
-    return hashlib.sha256(normalised(text).encode()).hexdigest()

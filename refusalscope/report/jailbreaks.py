@@ -8,7 +8,7 @@ from typing import Any
 
 from refusalscope.core.store import Store
 from refusalscope.core.types import Finding, Row
-from refusalscope.report.sentences import interval, number
+from refusalscope.report.sentences import spelled
 from refusalscope.report.tables import Line, Table
 from refusalscope.studies.jailbreaks import BOTH, COMMON, CONTROLS, FAILED, PROJECTION, RESTORE, SUCCEEDED
 
@@ -36,24 +36,24 @@ def sentences(finding: Finding) -> tuple[str, ...]:
     drops = {what: finding.find("pairs", COMMON, "drop", what) for what in (SUCCEEDED, FAILED)}
     within = finding.find("pairs", COMMON, "drop_difference", WITHIN)
     made = [
-        f"Attacks that succeed lower the common refusal features by {_said(drops[SUCCEEDED])} of their value on the "
-        f"plain form (n = {_count(drops[SUCCEEDED])}), attacks that fail by {_said(drops[FAILED])} "
-        f"(n = {_count(drops[FAILED])}); within attack families the difference is {_said(within)}."
+        f"Attacks that succeed lower the common refusal features by {spelled(drops[SUCCEEDED])} of their value on the "
+        f"plain form (n = {_count(drops[SUCCEEDED])}), attacks that fail by {spelled(drops[FAILED])} "
+        f"(n = {_count(drops[FAILED])}); within attack families the difference is {spelled(within)}."
     ]
     told, beside = (finding.find("pairs", name, "auroc", "vulnerable families") for name in (COMMON, PROJECTION))
     if told is not None and told.n:
         made.append(
             f"Where attacks of a family both succeed and fail, that drop tells which with an AUROC of "
-            f"{_said(told)}; the drop of the projection on the direction with {_said(beside)}."
+            f"{spelled(told)}; the drop of the projection on the direction with {spelled(beside)}."
         )
     whole = finding.find("restored", COMMON, BOTH, RESTORE)
     if whole is not None and whole.n:
         controls = [(name, finding.find("restored", name, BOTH, f"{RESTORE} mean")) for name in CONTROLS]
-        said = ", ".join(f"{name} {_said(row, '%')}" for name, row in controls if row is not None)
+        said = ", ".join(f"{name} {spelled(row, '%')}" for name, row in controls if row is not None)
         upper = finding.find("restored", PROJECTION, BOTH, RESTORE)
         made.append(
             f"Set back at the closing tokens of successful attacks, the common features bring coherent refusal back in "
-            f"{_said(whole, '%')} (n = {whole.n}), the component along the direction in {_said(upper, '%')}; "
+            f"{spelled(whole, '%')} (n = {whole.n}), the component along the direction in {spelled(upper, '%')}; "
             f"controls: {said or 'none could be made'}."
         )
     return tuple(made)
@@ -114,10 +114,6 @@ def _restored(rows: Iterable[Row]) -> Table:
         lines.setdefault((NAMES.get(row.method, row.method), setting), {})[row.metric] = row
     shown = [Line(*key, by_metric) for key, by_metric in lines.items()]
     return Table(tuple(columns), {"successful attacks": shown} if shown else {}, {})
-
-
-def _said(row: Row | None, unit: str = "") -> str:
-    return "an unmeasured share" if row is None or not row.n else f"{number(row)}{unit} {interval(row)}"
 
 
 def _count(row: Row | None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from refusalscope.core.types import Finding, Row
-from refusalscope.report.sentences import interval, number
+from refusalscope.report.sentences import listed, spelled
 from refusalscope.report.tables import Line, Table
 from refusalscope.studies.probes import ATTACKS, COMMON, DENSE, PAIRS, RANDOM, RATES
 
@@ -41,7 +41,7 @@ def headline(finding: Finding) -> tuple[str, ...]:
         )
     said = [
         f"{what}; it was trained and chosen on plain prompts alone. It tells attacks that pass from harmless prompts "
-        f"in disguise with an AUROC of {_said(found)} (n = {found.n}; 1 is without fault, .5 is chance), "
+        f"in disguise with an AUROC of {spelled(found)} (n = {found.n}; 1 is without fault, .5 is chance), "
         f"{_against_goal(found)}."
     ]
     rate = next((rate for rate in sorted(RATES) if finding.find("plain benign", guard, _flag(rate), "intent")), None)
@@ -50,8 +50,8 @@ def headline(finding: Finding) -> tuple[str, ...]:
             group: finding.find(group, guard, _flag(rate), "intent")
             for group in ("successful attacks", "plain harmful", "plain benign", "adversarial benign", "look-alikes")
         }
-        parts = [f"{_said(row, '%')} of {_called(name)} (n = {row.n})" for name, row in rows.items() if row and row.n]
-        said.append(f"Set to flag {rate:.0%} of plain harmless prompts, it flags {_listed(parts)}.")
+        parts = [f"{spelled(row, '%')} of {_called(name)} (n = {row.n})" for name, row in rows.items() if row and row.n]
+        said.append(f"Set to flag {rate:.0%} of plain harmless prompts, it flags {listed(parts)}.")
     return (*said, *_others(finding, guard))
 
 
@@ -72,9 +72,9 @@ def _others(finding: Finding, guard: str) -> list[str]:
         LENGTH: "the prompt’s length alone",
     }
     parts = [
-        f"{called[name]} {_said(row)}" for name, row in rows.items() if row is not None and row.n and name != guard
+        f"{called[name]} {spelled(row)}" for name, row in rows.items() if row is not None and row.n and name != guard
     ]
-    return [f"On the same prompts {_listed(parts)}."] if parts else []
+    return [f"On the same prompts {listed(parts)}."] if parts else []
 
 
 def sentences(finding: Finding) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ def _contest(finding: Finding) -> str:
     for scheme, pair in (("intent", ON_ATTACKS), ("refusal", " vs ".join(PAIRS["refusal"][1]))):
         row = finding.find(pair, f"{COMMON} vs {DENSE}", "auroc_difference", scheme)
         if row is not None and row.n:
-            parts.append(f"by {scheme} labels ({pair}) {_verdict(row)} ({_said(row)}, n = {row.n})")
+            parts.append(f"by {scheme} labels ({pair}) {_verdict(row)} ({spelled(row)}, n = {row.n})")
     if not parts:
         return ""
     return f"Features against the dense probe: {'; '.join(parts)}."
@@ -113,14 +113,14 @@ def _lost(finding: Finding, guard: str) -> str:
         if row.low is not None and row.low > 0
         else " No loss is shown."
     )
-    return f"From plain prompts to attacks that pass the guard loses {_said(row)} of AUROC (n = {row.n}).{why}"
+    return f"From plain prompts to attacks that pass the guard loses {spelled(row)} of AUROC (n = {row.n}).{why}"
 
 
 def _chosen(finding: Finding) -> str:
     """Where dense probes read, by validation."""
     chosen = finding.provenance.get("chosen on validation", {})
     parts = [f"{method} {detail.replace('=', ' ')}" for method, detail in chosen.items()]
-    return f"Chosen on plain validation prompts: {_listed(parts)}." if parts else ""
+    return f"Chosen on plain validation prompts: {listed(parts)}." if parts else ""
 
 
 def _paper(finding: Finding) -> str:
@@ -135,10 +135,10 @@ def _paper(finding: Finding) -> str:
     length = finding.find(BY_PAPER, LENGTH, "auroc", "paper")
     return (
         f"By the paper’s labels, where a successful attack counts as harmless, {COMMON} are right about "
-        f"{_said(features, '%')} of attacks, random features about {_said(random, '%')}, the dense probe about "
-        f"{_said(dense, '%')} (n = {features.n}; {PUBLISHED}). That features do better than random ones is "
+        f"{spelled(features, '%')} of attacks, random features about {spelled(random, '%')}, the dense probe about "
+        f"{spelled(dense, '%')} (n = {features.n}; {PUBLISHED}). That features do better than random ones is "
         f"{over[0]} here, that they do better than the dense probe {over[1]}. Prompt length alone orders plain harmful "
-        f"prompts and successful attacks with an AUROC of {_said(length)}: such labels reward whatever tells a "
+        f"prompts and successful attacks with an AUROC of {spelled(length)}: such labels reward whatever tells a "
         "disguised prompt from a plain one."
     )
 
@@ -218,11 +218,3 @@ def _called(group: str) -> str:
         "adversarial benign": "harmless prompts in disguise",
         "look-alikes": "harmless prompts that share words with harmful ones",
     }[group]
-
-
-def _said(row: Row | None, unit: str = "") -> str:
-    return "an unmeasured share" if row is None or not row.n else f"{number(row)}{unit} {interval(row)}"
-
-
-def _listed(parts: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))

@@ -3,7 +3,7 @@
 Says what the rows say, also where the effect is absent; computes no statistic.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from refusalscope.core.types import Finding, Row
 from refusalscope.report.settings import DATASET_OF_STRENGTHS, factor, part
@@ -101,8 +101,18 @@ def edit_row(finding: Finding, labels: Mapping[str, str]) -> Row | None:
     return next((row for row in edits if row.method == "cosine+attribution"), edits[0] if edits else None)
 
 
+def spelled(row: Row | None, unit: str = "", *, missing: str = "an unmeasured share") -> str:
+    """A row's estimate and interval; `missing` where there are none."""
+    return missing if row is None or not row.n else f"{number(row)}{unit} {interval(row)}"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+
+
 def _said(row: Row | None, unit: str = "") -> str:
-    return "an unscored share" if row is None or not row.n else f"{number(row)}{unit} {interval(row)}"
+    return spelled(row, unit, missing="an unscored share")
 
 
 def effect(change: Row | None) -> str:

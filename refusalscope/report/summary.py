@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from refusalscope.core.types import Direction, Finding, Row
 from refusalscope.report import probes, verdict
-from refusalscope.report.sentences import beside, edit_row, effect, interval, number
+from refusalscope.report.sentences import beside, edit_row, effect, listed, spelled
 from refusalscope.report.settings import DATASET_OF_STRENGTHS, factor
 from refusalscope.report.suffixes import REFUSAL, name_of
 from refusalscope.studies.capability import change_of
@@ -70,9 +70,9 @@ def _refused(finding: Finding, labels: Mapping[str, str]) -> list[str]:
     ordered = sorted(rows, key=lambda row: labels.get(row.dataset) != "harmful")
     if not ordered:
         return []
-    parts = [f"{_said(row, '%')} of {row.dataset} prompts (n = {row.n})" for row in ordered[:SHOWN]]
+    parts = [f"{spelled(row, '%')} of {row.dataset} prompts (n = {row.n})" for row in ordered[:SHOWN]]
     more = f", and of {len(ordered) - SHOWN} more sets what stands under Results" if len(ordered) > SHOWN else ""
-    return [f"Without any edit the model refuses {_listed(parts)}{more}."]
+    return [f"Without any edit the model refuses {listed(parts)}{more}."]
 
 
 def _where(
@@ -87,7 +87,7 @@ def _where(
     parts = [f"{layers.count(layer)} in layer {layer}" for layer in sorted(set(layers))]
     return (
         f"{said}, and as {len(layers)} features, single patterns of that state that sparse autoencoders (SAEs) tell "
-        f"apart: {_listed(parts)}."
+        f"apart: {listed(parts)}."
     )
 
 
@@ -101,8 +101,8 @@ def _edited(finding: Finding, labels: Mapping[str, str]) -> str:
     how = f"With their strength multiplied by {scale[0]:g}" if scale else f"With the edit {edit.method}"
     change = finding.find(edit.dataset, edit.method, "refused_change", edit.setting)
     return (
-        f"{how.replace('-', '−')} the model refuses {_said(edit, '%')} of {edit.dataset} prompts (n = {edit.n}) "
-        f"instead of {_said(base, '%')}: editing them {effect(change)}{beside(finding, edit, base)}."
+        f"{how.replace('-', '−')} the model refuses {spelled(edit, '%')} of {edit.dataset} prompts (n = {edit.n}) "
+        f"instead of {spelled(base, '%')}: editing them {effect(change)}{beside(finding, edit, base)}."
     )
 
 
@@ -116,22 +116,22 @@ def _price(finding: Finding, labels: Mapping[str, str]) -> list[str]:
         return finding.find(dataset, edit.method, metric, edit.setting)
 
     said = [
-        f"With the edit {_said(of(edit.dataset, 'answered'), '%')} of {edit.dataset} prompts are answered coherently "
-        f"and {_said(of(edit.dataset, 'incoherent'), '%')} with garbled text (n = {edit.n})."
+        f"With the edit {spelled(of(edit.dataset, 'answered'), '%')} of {edit.dataset} prompts are answered coherently "
+        f"and {spelled(of(edit.dataset, 'incoherent'), '%')} with garbled text (n = {edit.n})."
     ]
     cost = next((row for row in finding.rows if row.metric == "cross_entropy_change" and row.n), None)
     if cost is None:
         return [*said, "What it costs on harmless prompts was not measured."]
     price = of(cost.dataset, "cross_entropy_change")
     said.append(
-        f"On {cost.dataset} prompts its usual answers become less likely by {_said(price)} nats per token "
+        f"On {cost.dataset} prompts its usual answers become less likely by {spelled(price)} nats per token "
         f"(cross-entropy, n = {_n(price)}; 0 is no change)."
     )
     before, after = finding.find(cost.dataset, "base", "complied"), of(cost.dataset, "complied")
     if before is not None and after is not None and before.n and after.n:
         said.append(
-            f"Of these prompts {_said(after, '%')} still get what they ask for (n = {after.n}), unedited "
-            f"{_said(before, '%')}."
+            f"Of these prompts {spelled(after, '%')} still get what they ask for (n = {after.n}), unedited "
+            f"{spelled(before, '%')}."
         )
     return said
 
@@ -147,8 +147,8 @@ def _capability(benchmark: Finding | None, labels: Mapping[str, str], finding: F
         if (row.method, row.setting) == (edit.method, edit.setting)
     ]
     parts = [
-        f"{row.dataset}, {row.metric.partition(':')[0].replace('_', ' ')}: {_said(row)} (n = {row.n}; "
-        f"change {_said(change)})"
+        f"{row.dataset}, {row.metric.partition(':')[0].replace('_', ' ')}: {spelled(row)} (n = {row.n}; "
+        f"change {spelled(change)})"
         for row, change in changes
         if change is not None and change.n and row.n
     ]
@@ -165,7 +165,7 @@ def _trusted(findings: Mapping[str, Finding]) -> list[str]:
         parts = [f"{count} {'is' if count == 1 else 'are'} {word}" for word, count in counts if count]
         said.append(
             f"All of this is seen through the SAEs: of the {len(trusts)} layers where they were checked on the model’s "
-            f"own chats, {_listed(parts)}."
+            f"own chats, {listed(parts)}."
         )
     else:
         said.append("Whether the SAEs, through which all of this is seen, are sound here was not measured in this run.")
@@ -180,15 +180,17 @@ def _attacks(finding: Finding | None) -> list[str]:
     if finding is None or whole is None:
         return ["Attacks that disguise a request were not measured in this run."]
     families = [row for row in finding.rows if row.metric == "succeeded" and row.setting.startswith("family=")]
-    by_family = [f"{row.setting.removeprefix('family=')} {_said(row, '%')} (n = {row.n})" for row in families if row.n]
+    by_family = [
+        f"{row.setting.removeprefix('family=')} {spelled(row, '%')} (n = {row.n})" for row in families if row.n
+    ]
     lowered = {what: finding.find("pairs", COMMON, "drop", what) for what in (SUCCEEDED, FAILED)}
     apart = finding.find("pairs", COMMON, "drop_difference", "within families")
     said = [
-        f"Of the attacks on requests that are refused when put plainly, {_said(whole, '%')} pass (n = {whole.n})."
+        f"Of the attacks on requests that are refused when put plainly, {spelled(whole, '%')} pass (n = {whole.n})."
         + (f" By kind of attack: {', '.join(by_family)}." if len(by_family) > 1 else ""),
-        f"Attacks that pass lower the features that serve all kinds of harm by {_said(lowered[SUCCEEDED])} of their "
+        f"Attacks that pass lower the features that serve all kinds of harm by {spelled(lowered[SUCCEEDED])} of their "
         f"strength on the plain request (n = {_n(lowered[SUCCEEDED])}; 1 is all of it), attacks that fail by "
-        f"{_said(lowered[FAILED])} (n = {_n(lowered[FAILED])}){_apart(apart)}.",
+        f"{spelled(lowered[FAILED])} (n = {_n(lowered[FAILED])}){_apart(apart)}.",
     ]
     return [*said, *_restored(finding)]
 
@@ -198,7 +200,7 @@ def _apart(row: Row | None) -> str:
     if row is None or row.low is None or row.high is None:
         return "; whether the two differ among attacks of one kind could not be measured"
     told = "more" if row.low > 0 else "less" if row.high < 0 else "not measurably more or less"
-    return f"; among attacks of one kind those that pass lower them {told} ({_said(row)}, n = {row.n})"
+    return f"; among attacks of one kind those that pass lower them {told} ({spelled(row)}, n = {row.n})"
 
 
 def _restored(finding: Finding) -> list[str]:
@@ -207,10 +209,10 @@ def _restored(finding: Finding) -> list[str]:
     if back is None or not back.n:
         return ["Whether undoing that stops attacks was not measured: none passed that could be answered again."]
     random = finding.find("restored", "random features", BOTH, f"{RESTORE} mean")
-    beside = "" if random is None or not random.n else f"; as many random features do so in {_said(random, '%')}"
+    beside = "" if random is None or not random.n else f"; as many random features do so in {spelled(random, '%')}"
     return [
         "Set back to their strength on the plain request, these features alone make the model refuse again in "
-        f"{_said(back, '%')} of the attacks that had passed (n = {back.n}){beside}."
+        f"{spelled(back, '%')} of the attacks that had passed (n = {back.n}){beside}."
     ]
 
 
@@ -223,11 +225,11 @@ def _suffixes(finding: Finding | None) -> list[str]:
         return ["No request tried with strings behind it was refused without them, so there was nothing to turn."]
     drop, sham = (finding.find("suffixes", REFUSAL, "drop", kind) for kind in ("suffix", "sham"))
     neutral = finding.find("suffix-shams", "base", "turned", "")
-    beside = f"; neutral words do so in {_said(neutral, '%')} (n = {neutral.n})" if neutral and neutral.n else ""
+    beside = f"; neutral words do so in {spelled(neutral, '%')} (n = {neutral.n})" if neutral and neutral.n else ""
     return [
-        f"A string put behind the request (a suffix) makes the model answer {_said(turned, '%')} of the requests that "
-        f"it refuses without (n = {turned.n}){beside}. Those that do lower the features that serve all kinds of harm "
-        f"by {_said(drop)} of their strength (n = {_n(drop)}), as many neutral words by {_said(sham)}."
+        f"A string put behind the request (a suffix) makes the model answer {spelled(turned, '%')} of the requests "
+        f"that it refuses without (n = {turned.n}){beside}. Those that do lower the features that serve all kinds of harm "
+        f"by {spelled(drop)} of their strength (n = {_n(drop)}), as many neutral words by {spelled(sham)}."
     ]
 
 
@@ -238,7 +240,7 @@ def _words(finding: Finding | None) -> str:
     most = sorted(rows, key=lambda row: -(row.estimate or 0.0))[:WORDS_SHOWN]
     if not most:
         return ""
-    said = _listed([f"“{name_of(row.setting)}” by {_said(row)} (n = {row.n})" for row in most])
+    said = listed([f"“{name_of(row.setting)}” by {spelled(row)} (n = {row.n})" for row in most])
     return f"Of words in several suffixes these lower the features most, in shares of their strength: {said}."
 
 
@@ -246,13 +248,5 @@ def _guard(finding: Finding | None) -> Sequence[str]:
     return [MISSING] if finding is None else probes.headline(finding)
 
 
-def _said(row: Row | None, unit: str = "") -> str:
-    return "an unmeasured share" if row is None or not row.n else f"{number(row)}{unit} {interval(row)}"
-
-
 def _n(row: Row | None) -> int:
     return 0 if row is None else row.n
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))

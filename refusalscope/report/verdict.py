@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from refusalscope.core.types import Finding, Row
+from refusalscope.report.sentences import listed
 from refusalscope.report.settings import part
 
 CORRELATIONS = {
@@ -126,14 +127,14 @@ def verdict(finding: Finding) -> tuple[str, ...]:
     untested = [claim.says for claim in made if not claim.checks]
     if not held and not failed:
         return ("These attributions were not put to the test in this run: read them as a ranking and no more.",)
-    does, fails = _listed(held), " and do not ".join(f"{claim.says}{_methods(claim)}" for claim in failed)
+    does, fails = listed(held), " and do not ".join(f"{claim.says}{_methods(claim)}" for claim in failed)
     if not failed:
         first = f"Yes, as far as tested on held-out prompts: the scores {does}."
     elif held:
         first = f"Only in part: on held-out prompts the scores {does}, but they do not {fails}."
     else:
         first = f"No: on held-out prompts the scores do not {fails}."
-    second = f"So {_listed([claim.otherwise for claim in failed])}" if failed else ""
+    second = f"So {listed([claim.otherwise for claim in failed])}" if failed else ""
     if untested:
         whether = " or ".join(untested)
         second = f"{second}; not tested: whether they {whether}" if second else f"Not tested: whether they {whether}"
@@ -144,11 +145,7 @@ def _methods(claim: Claim) -> str:
     """Which ways of scoring fail, where not all do."""
     failing = list(dict.fromkeys(check.row.method for check in claim.failed))
     all_methods = {check.row.method for check in claim.checks}
-    return f" (scored by {_listed(failing)})" if len(failing) < len(all_methods) else ""
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+    return f" (scored by {listed(failing)})" if len(failing) < len(all_methods) else ""
 
 
 def blind_layers(finding: Finding) -> list[int]:
