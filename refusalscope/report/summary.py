@@ -228,8 +228,8 @@ def _suffixes(finding: Finding | None) -> list[str]:
     beside = f"; neutral words do so in {spelled(neutral, '%')} (n = {neutral.n})" if neutral and neutral.n else ""
     return [
         f"A string put behind the request (a suffix) makes the model answer {spelled(turned, '%')} of the requests "
-        f"that it refuses without (n = {turned.n}){beside}. Those that do lower the features that serve all kinds of harm "
-        f"by {spelled(drop)} of their strength (n = {_n(drop)}), as many neutral words by {spelled(sham)}."
+        f"that it refuses without (n = {turned.n}){beside}. Those that do lower the features that serve all kinds of "
+        f"harm by {spelled(drop)} of their strength (n = {_n(drop)}), as many neutral words by {spelled(sham)}."
     ]
 
 
