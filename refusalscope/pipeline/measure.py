@@ -19,6 +19,7 @@ from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.options import Options, as_plain
 from refusalscope.pipeline.select import Chosen
 from refusalscope.report import page
+from refusalscope.report.plots import drawn
 from refusalscope.studies import attribution, benchmark
 from refusalscope.studies.benchmark import Arm
 
@@ -75,8 +76,9 @@ def run_attribution(job: Job, fitted: Fitted, chosen: Chosen) -> Finding:
 def write_report(store: Store) -> str:
     """Figures and page from what the folder holds; returns the page's path. Loads no model."""
     keep_bearing(store)
-    write_figures(store, ["svg"])
-    page_text = page.write(store)
+    figures = drawn(store)
+    write_figures(store, ["svg"], figures)
+    page_text = page.write(store, figures)
     store.keep(REPORT, fingerprint(page_text), page_text)
     return REPORT
 

@@ -8,6 +8,8 @@ import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 import matplotlib
@@ -72,11 +74,17 @@ METADATA: dict[Form, dict[str, Any]] = {
 DOTS = 200  # per inch of a PNG
 
 
-class Plot(NamedTuple):
+@dataclass(frozen=True)
+class Plot:
     """A figure and what it shows."""
 
     caption: str
     figure: Figure
+
+    @cached_property
+    def svg(self) -> bytes:
+        """The figure as SVG; rendered once for the file and for the page."""
+        return render(self.figure, "svg")
 
 
 class Lane(NamedTuple):

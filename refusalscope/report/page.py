@@ -13,7 +13,6 @@ from typing import Any
 import tomli_w
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
@@ -39,16 +38,16 @@ from refusalscope.report.benchmark_plots import COSTS
 from refusalscope.report.contents import contents
 from refusalscope.report.drawing import Plot
 from refusalscope.report.examples import examples
-from refusalscope.report.network import GRAPH, network
-from refusalscope.report.plots import plots
+from refusalscope.report.network import GRAPH
+from refusalscope.report.plots import Drawn, drawn
 from refusalscope.report.sentences import PERCENT, after_holm, answer, can_show, interval, number
 from refusalscope.report.settings import readable
 from refusalscope.report.tables import benchmark_tables, limits, smallest, table
 from refusalscope.report.tokens import visible
 
 
-def write(store: Store) -> str:
-    """The report of a run folder as HTML.
+def write(store: Store, figures: Drawn | None = None) -> str:
+    """The report of a run folder as HTML, with its `figures` where they are drawn already.
 
     A study that has not run leaves its sections out. Raises ValueError naming the file when `run.json` or the direction
     is missing, or when any file is unreadable, and when there is no finding at all.
@@ -56,6 +55,7 @@ def write(store: Store) -> str:
     found = {finding.study: finding for finding in (store.read(p, Finding) for p in store.paths("findings", ".json"))}
     if not found:
         raise ValueError(f"{store.root} holds no finding: is it a finished run?")
+    figures = drawn(store) if figures is None else figures
     benchmarked = "benchmark" in found
     benchmark = found.pop("benchmark", Finding("benchmark", "", (), (), {}))
     findings = [*([benchmark] if benchmarked else []), *found.values()]
@@ -91,12 +91,12 @@ def write(store: Store) -> str:
             toml=tomli_w.dumps(hide(without_none(about["options"]))),
             provenance=hide(provenance(findings)),
             capability=capability.cost_table(found["capability"]) if "capability" in found else None,
-            **drawn(findings),
+            **illustrated(figures),
             **trusted(findings),
             **judging.section(findings, hide),
             **swept(findings),
             **minimal.section(findings, store),
-            **graphed(findings, store),
+            **graphed(findings, figures),
             **jailbreaks.section(findings, store),
             **suffixes.section(found, store),
             **categories.section(store, found.get("categories")),
@@ -113,10 +113,10 @@ def feature_table(store: Store) -> list[dict[str, Any]] | None:
     return store.read(path, dict)["rows"] if path in store.paths("features", ".json") else None
 
 
-def drawn(findings: Iterable[Finding]) -> dict[str, Any]:
+def illustrated(figures: Drawn) -> dict[str, Any]:
     """The figures of every study, those of induced refusal apart."""
-    made = {"benchmark": {}} | {finding.study: plots(finding) for finding in findings}
-    induced: dict[str, Plot] = {name: plot for name, plot in made["benchmark"].items() if "-induced-" in name}
+    made = {"benchmark": {}, **figures}
+    induced = {name: plot for name, plot in made["benchmark"].items() if "-induced-" in name}
     made["benchmark"] = {name: plot for name, plot in made["benchmark"].items() if name not in induced}
     return {"figures": made, "induced": induced}
 
@@ -146,13 +146,13 @@ def swept(findings: Iterable[Finding]) -> dict[str, Any]:
     )
 
 
-def graphed(findings: Iterable[Finding], store: Store) -> dict[str, Any]:
+def graphed(findings: Iterable[Finding], figures: Drawn) -> dict[str, Any]:
     """What drives what, in words, tables and the graph itself; empty where the run has none."""
     made = next((finding for finding in findings if finding.study == "graph"), None)
     if made is None:
         return {}
-    drawn = network(store.read(GRAPH, dict)) if GRAPH in store.paths("graph", ".json") else {}
-    return {"driving": graph.sentences(made), "graph_tables": graph.tables(made), "network": drawn}
+    found = figures.get(GRAPH, {})
+    return {"driving": graph.sentences(made), "graph_tables": graph.tables(made), "network": found}
 
 
 def close_up(store: Store) -> dict[str, Any]:
@@ -211,12 +211,12 @@ def row_anchor(row: Mapping[str, Any]) -> str:
     return features.anchor(row["layer"], row["index"])
 
 
-def inline(figure: Figure, prefix: str) -> Markup:
+def inline(plot: Plot, prefix: str) -> Markup:
     """A figure of `plots` as part of a page, in SVG: ids of its own, the page's colours for ink and grid, no ground.
 
     The only text that enters the page unescaped; matplotlib has escaped the names in it.
     """
-    text = drawing.render(figure, "svg").decode()
+    text = plot.svg.decode()
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(?<= id=")|(?<=url\(#)|(?<=href="#)', f"{prefix}-", text)
     text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", text, count=1)

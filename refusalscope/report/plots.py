@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from matplotlib.axes import Axes
 
+from refusalscope.core.store import Store
 from refusalscope.core.types import Finding, Row
 from refusalscope.report import bars
 from refusalscope.report.benchmark_plots import benchmark
@@ -37,13 +38,23 @@ from refusalscope.report.graph_plots import graph
 from refusalscope.report.health_plots import health
 from refusalscope.report.jailbreaks_plots import jailbreaks
 from refusalscope.report.minimal_plots import minimal
+from refusalscope.report.network import GRAPH, network
 from refusalscope.report.probes_plots import probes
 from refusalscope.report.settings import part
 from refusalscope.report.suffixes_plots import suffixes
 from refusalscope.report.sweep_plots import sweep
 from refusalscope.report.verdict import CORRELATIONS, MOST, least
 
+Drawn = Mapping[str, Mapping[str, Plot]]
+"""Study -> name of a figure -> the figure."""
 TERMS: Style = {"features": (BLUE, "o"), "candidates": (ORANGE, "^"), "error": (GREY, "s")}
+
+
+def drawn(store: Store) -> Drawn:
+    """Study -> the figures of its finding in a run folder; the graph of features under the path of its file."""
+    findings = [store.read(path, Finding) for path in store.paths("findings", ".json")]
+    made = {finding.study: plots(finding) for finding in findings}
+    return made | {path: network(store.read(path, dict)) for path in store.paths("graph", ".json") if path == GRAPH}
 
 
 def figures(finding: Finding) -> dict[str, bytes]:

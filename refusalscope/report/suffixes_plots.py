@@ -53,16 +53,17 @@ def _mean_curve(finding: Finding) -> Plot | None:
     if not rows:
         return None
     figure = _panelled(rows, "read", "per cent of the suffix’s words read", "how far a suffix lowers refusal")
-    return figure._replace(
+    return replace(
+        figure,
         caption=f"Mean drop at the closing tokens, as a share of the value on the goal alone, of {counted(rows)} pairs "
         "of goal and suffix that turn the model, against how much of the suffix is read, with 95% intervals by goal. "
-        "The sham has as many neutral words."
+        "The sham has as many neutral words.",
     )
 
 
 def _goal(rows: Sequence[Row], name: str) -> Plot:
     figure = _panelled(rows, "words", "words of the suffix read", "one goal, word by word")
-    return figure._replace(caption=f"The drop after each word for {name}; a single prompt has no interval.")
+    return replace(figure, caption=f"The drop after each word for {name}; a single prompt has no interval.")
 
 
 def _panelled(rows: Sequence[Row], step: str, label: str, heading: str) -> Plot:
