@@ -11,9 +11,10 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/refusalscope run testbed --name demo
 
-# A file's tests share what they have made, so a file stays with one worker.
+# A file's tests share what they have made, so a file stays with one worker. In the order of their names: by the number
+# of tests, as is the default, the few long ones of the notebooks come last and one worker waits for them.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
