@@ -202,7 +202,14 @@ def test_the_papers_labels_call_a_successful_attack_harmless(toy: Finding) -> No
     row = toy.find("adversarial", COMMON, "accuracy", "paper")
     assert row is not None
     assert row.estimate == pytest.approx(right)
-    assert any("paper’s labels" in sentence for sentence in sentences(toy))
+    dense = scored(DENSE, 0.9, 128, role="dense")
+    others = np.mean([(dense.test[at] > 0) == (TEST[at].outcome == "failed") for at in inside])
+    change = toy.find("adversarial", f"{COMMON} vs {DENSE}", "accuracy_difference", "paper")
+    assert change is not None
+    assert change.estimate == pytest.approx(right - others)
+    assert change.p_holm is not None
+    told = next(sentence for sentence in sentences(toy) if "paper’s labels" in sentence)
+    assert "both paired" in told
 
 
 def test_what_was_not_seen_is_not_claimed() -> None:

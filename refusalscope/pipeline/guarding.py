@@ -13,7 +13,7 @@ from refusalscope.inputs import presets
 from refusalscope.mechanism.activations import Plan
 from refusalscope.pipeline.fit import Fitted
 from refusalscope.pipeline.job import Job
-from refusalscope.studies.probes import ENOUGH, RATES, Item, Scored
+from refusalscope.studies.probes import RATES, Item, Scored
 
 FOLDER = "guard"
 PROMOTED = 3
@@ -65,7 +65,7 @@ def _content(
     slices: Mapping[int, SaeSlice],
 ) -> Content:
     negatives = [score for score, item in zip(scored.validation, validation, strict=True) if not item.harmful]
-    rate = next((rate for rate in sorted(RATES) if len(negatives) >= ENOUGH[rate]), max(RATES))
+    rate = next((rate for rate in sorted(RATES) if len(negatives) >= RATES[rate]), max(RATES))
     style, options, target = job.model.template.style, job.options, job.target
     named = target.revision is not None or options.model in presets.presets()
     return Content(

@@ -30,7 +30,7 @@ from refusalscope.pipeline.measure import make_answers
 from refusalscope.pipeline.select import Chosen
 from refusalscope.studies import benchmark
 from refusalscope.studies.probes import BASELINES as METHODS
-from refusalscope.studies.probes import COMMON, ENOUGH, FAILED, RANDOM, RATES, SUCCEEDED, Item, Part
+from refusalscope.studies.probes import COMMON, FAILED, RANDOM, RATES, SUCCEEDED, Item, Part
 
 FOLDER = "probes"
 DRAWS = 20
@@ -63,7 +63,7 @@ def probe_prompts(job: Job, counts: Counts) -> Detection:
         job.store.keep(f"prompts/{rows.name}.jsonl", fingerprint(rows), rows)
     made = Detection(*(rows for rows, _ in fitting), notes=(*given.notes, *(n for _, more in fitting for n in more)))
     detection.check(made)
-    benign, needed = sum(row.label == "harmless" for row in made.validation), ENOUGH[max(RATES)]
+    benign, needed = sum(row.label == "harmless" for row in made.validation), RATES[max(RATES)]
     if benign < needed:
         raise ValueError(
             f"probes: validation holds {benign} benign prompts, and a threshold needs {needed}: give more (--limit)"

@@ -74,7 +74,7 @@ def _others(finding: Finding, guard: str) -> list[str]:
     parts = [
         f"{called[name]} {spelled(row)}" for name, row in rows.items() if row is not None and row.n and name != guard
     ]
-    return [f"On the same prompts {listed(parts)}."] if parts else []
+    return [f"On the same prompts, beside it: {listed(parts)}."] if parts else []
 
 
 def sentences(finding: Finding) -> tuple[str, ...]:
@@ -131,25 +131,29 @@ def _paper(finding: Finding) -> str:
     )
     if features is None or random is None or dense is None or not (features.n and random.n and dense.n):
         return ""
-    over = [_above(features, random), _above(features, dense)]
+    over = [
+        _reproduced(finding.find("adversarial", f"{COMMON} vs {name}", "accuracy_difference", "paper"))
+        for name in (RANDOM, DENSE)
+    ]
     length = finding.find(BY_PAPER, LENGTH, "auroc", "paper")
     return (
         f"By the paper’s labels, where a successful attack counts as harmless, {COMMON} are right about "
         f"{spelled(features, '%')} of attacks, random features about {spelled(random, '%')}, the dense probe about "
         f"{spelled(dense, '%')} (n = {features.n}; {PUBLISHED}). That features do better than random ones is "
-        f"{over[0]} here, that they do better than the dense probe {over[1]}. Prompt length alone orders plain harmful "
-        f"prompts and successful attacks with an AUROC of {spelled(length)}: such labels reward whatever tells a "
-        "disguised prompt from a plain one."
+        f"{over[0]}, that they do better than the dense probe is {over[1]}, both paired. Prompt length alone orders "
+        f"plain harmful prompts and successful attacks with an AUROC of {spelled(length)}: such labels reward whatever "
+        "tells a disguised prompt from a plain one."
     )
 
 
-def _above(one: Row, other: Row) -> str:
-    """Whether one interval lies above another."""
-    if one.low is None or other.high is None or one.high is None or other.low is None:
+def _reproduced(row: Row | None) -> str:
+    """Whether the paired difference says what the paper does."""
+    if row is None or row.low is None or row.high is None:
         return "not measured"
-    if one.low > other.high:
-        return "reproduced"
-    return "not reproduced: it is the other way round" if one.high < other.low else "not shown: the intervals overlap"
+    if row.p_holm is not None and row.p_holm > 0.05:
+        return f"not shown ({spelled(row)} points)"
+    said = "reproduced" if row.low > 0 else "not reproduced, it is the other way round"
+    return f"{said} ({spelled(row)} points)"
 
 
 def tables(finding: Finding) -> dict[str, Table]:
@@ -177,6 +181,7 @@ def tables(finding: Finding) -> dict[str, Table]:
         setting=lambda row: row.setting,
     )
     made["accuracy"] = _pivoted(row for row in rows if row.metric == "accuracy")
+    made["accuracy-differences"] = _pivoted(row for row in rows if row.metric == "accuracy_difference")
     return {name: table for name, table in made.items() if table.groups}
 
 

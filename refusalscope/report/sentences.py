@@ -19,7 +19,7 @@ PERCENT = (
     *("agreement", "both", "first_only", "second_only", "neither"),
     *("flipped", "refused_by_phrase", "size_share", "least", "non_monotone", "in_minimal", "in_own"),
     *("woken_any", "woken_any_difference", "wakes", "wakes_random"),
-    *("accuracy", "flagged_at_5%", "flagged_at_1%"),
+    *("accuracy", "accuracy_difference", "flagged_at_5%", "flagged_at_1%"),
     *("turned", "unclear", "present", "word_largest"),
     "succeeded",
 )
