@@ -19,7 +19,7 @@ from refusalscope.guard.content import DESCRIPTION, Content, opened, packed, sli
 from refusalscope.inputs import presets
 from refusalscope.inputs.chat import ChatModel, Tokens
 from refusalscope.inputs.template import ChatStyle
-from refusalscope.mechanism.activations import pooled
+from refusalscope.mechanism.activations import encoded_features, pooled
 
 REASONS = 5
 """Features named as reasons for a score."""
@@ -125,7 +125,7 @@ class Guard:
         how = self.content.pooling
         if self.content.layer is not None:
             return pooled(residuals[self.content.layer], roles, how)
-        return torch.cat([pooled(part.encode(residuals[at]), roles, how) for at, part in self._slices.items()], 1)
+        return torch.cat([encoded_features(part, residuals[at], roles, how) for at, part in self._slices.items()], 1)
 
     def logits(self, inputs: Float[Tensor, "prompt k"]) -> Float64[Tensor, "prompt"]:
         """Calibrated logits of what the probe reads."""

@@ -57,6 +57,18 @@ def pooled(
     return (values * said[..., None]).sum(1) / count[:, None]
 
 
+def encoded_features(
+    part: SaeSlice,
+    residual: Float[Tensor, "prompt position d_model"],
+    roles: Int[Tensor, "prompt position"],
+    how: Pooling,
+) -> Float[Tensor, "prompt k"]:
+    """A slice's features, pooled; only positions that count are encoded."""
+    if how == "last":
+        return part.encode(residual[:, -1].float())
+    return pooled(part.encode(residual.float()), roles, how)
+
+
 def read(model: ChatModel, sae: LayerSae, prompts: Prompts, plan: Plan, *, batch_size: int) -> Activations:
     """What `plan` asks for of every prompt; `sae` is that of `plan.layer`."""
     parts = [_read(model, sae, tokens, plan) for _, tokens in model.batches(prompts, batch_size)]
@@ -83,12 +95,7 @@ def _read(model: ChatModel, sae: LayerSae, tokens: Tokens, plan: Plan) -> tuple[
     found = model.run(tokens, keep={*plan.layers, *plan.slices, plan.layer}).residuals
     roles = tokens.roles.cpu()
     residual = torch.stack([pooled(found[layer].float(), roles, plan.pooling) for layer in plan.layers], 1)
-    encoded = [
-        pooled(part.encode(found[layer].float()), roles, plan.pooling)
-        if plan.pooling != "last"
-        else part.encode(found[layer][:, -1].float())
-        for layer, part in plan.slices.items()
-    ]
+    encoded = [encoded_features(part, found[layer], roles, plan.pooling) for layer, part in plan.slices.items()]
     chosen = torch.cat(encoded, 1) if encoded else residual.new_zeros(len(roles), 0)
     return residual, chosen, _whole(sae, found[plan.layer], roles, plan.pooling)
 

@@ -95,6 +95,11 @@ class Lane(NamedTuple):
     rows: Mapping[str, list[Row]]
 
 
+def bare_lane(name: str, below: str = "") -> Lane:
+    """A lane by its name alone; its marks are drawn by hand."""
+    return Lane(name, below, {"": [Row("", name, "", below, 0, None, None, None, 0.0)]})
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """This file's look, whatever the reader's own matplotlibrc says."""

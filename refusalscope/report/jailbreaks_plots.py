@@ -17,6 +17,7 @@ from refusalscope.report.drawing import (
     Plot,
     Style,
     across,
+    bare_lane,
     counted,
     legend,
     name_lanes,
@@ -68,7 +69,7 @@ def _grouped(rows: Sequence[Row], heading: str, caption: str) -> Plot | None:
     if not lanes:
         return None
     figure, (axes,) = panels([0.42 * len(lanes)], left=LABELS, top=0.55, bottom=0.45)
-    name_lanes(axes, [_lane(family or method) for method, family in lanes])
+    name_lanes(axes, [bare_lane(family or method) for method, family in lanes])
     for place, found in enumerate(lanes.values()):
         for outcome, row in found.items():
             across(axes, row, place + (-0.15 if outcome == SUCCEEDED else 0.15), *GROUPS[outcome])
@@ -81,11 +82,6 @@ def _grouped(rows: Sequence[Row], heading: str, caption: str) -> Plot | None:
     title(figure, heading)
     legend(figure, GROUPS)
     return Plot(f"{caption}, with 95% intervals; n = {counted(rows)}.", figure)
-
-
-def _lane(name: str, below: str = "") -> Lane:
-    """A lane by its name alone; its marks are drawn by hand."""
-    return Lane(name, below, {"": [Row("", name, "", below, 0, None, None, None, 0.0)]})
 
 
 def _telling(finding: Finding) -> Plot | None:
@@ -117,7 +113,7 @@ def _restored(finding: Finding) -> Plot | None:
     if not main:
         return None
     figure, (axes,) = panels([0.36 * len(main)], left=LABELS, top=0.4, bottom=0.45)
-    name_lanes(axes, [_lane(row.method, "" if row.setting == RESTORE else "mean and draws") for row in main])
+    name_lanes(axes, [bare_lane(row.method, "" if row.setting == RESTORE else "mean and draws") for row in main])
     for place, row in enumerate(main):
         draws = [other for other in rows if other.method == row.method and " draw=" in other.setting]
         at = [other.estimate or 0.0 for other in draws]

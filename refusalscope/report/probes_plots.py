@@ -18,6 +18,7 @@ from refusalscope.report.drawing import (
     Plot,
     Style,
     across,
+    bare_lane,
     counted,
     curve,
     legend,
@@ -90,9 +91,7 @@ def _role(method: str) -> str:
 
 
 def _lane(name: str) -> Lane:
-    """A lane by its name alone; its marks are drawn by hand."""
-    called = SHORT.get(name, name.replace("features of layer", "of layer"))
-    return Lane(called, "", {"": [Row("", called, "", "", 0, None, None, None, 0.0)]})
+    return bare_lane(SHORT.get(name, name.replace("features of layer", "of layer")))
 
 
 def _flagged(finding: Finding, guard: str) -> Plot | None:
