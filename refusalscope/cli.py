@@ -36,6 +36,7 @@ def every_option(
     name: option.Name = None,
     runs: option.Runs = Path("runs"),
     config: option.Config = None,
+    revision: option.Revision = None,
     saes: option.Saes = None,
     sae_release: option.SaeRelease = None,
     sae_id: option.SaeId = None,
@@ -65,6 +66,8 @@ def every_option(
     dtype: option.Dtype = None,
     quantize: option.Quantize = None,
     trust_remote_code: option.RemoteCode = None,
+    no_read_ahead: option.NoReadAhead = None,
+    no_feature_labels: option.NoFeatureLabels = None,
     seed: option.Seed = None,
     judges: option.Judges = None,
     judge_url: option.JudgeUrl = None,
@@ -148,10 +151,23 @@ JUDGE_OPTIONS = frozenset(
 )
 OPTION_NAMES = frozenset(
     (
-        *("model", "saes", "sae_release", "sae_id", "layers", "prompts", "columns", "label", "limit", "datasets"),
+        *(
+            "model",
+            "revision",
+            "saes",
+            "sae_release",
+            "sae_id",
+            "layers",
+            "prompts",
+            "columns",
+            "label",
+            "limit",
+            "datasets",
+        ),
         *("protocol", "full", "k", "methods", "draws", "factors", "values", "refusal_token", "best_layer"),
         *("keep_unrefused", "system", "thinking", "chat_template", "max_new_tokens", "batch_size", "device"),
         *("device_map", "dtype", "quantize", "trust_remote_code", "seed", "sizes"),
+        *("no_read_ahead", "no_feature_labels"),
         *STUDY_OPTIONS,
     )
 )

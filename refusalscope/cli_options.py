@@ -14,6 +14,10 @@ Model = Annotated[
 Name = Annotated[str | None, typer.Option(help="Name of the run folder below --runs; the model's name by default.")]
 Runs = Annotated[Path, typer.Option(help="Where run folders lie.")]
 Config = Annotated[Path | None, typer.Option(help="Options from a TOML file; the command line wins.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Commit, tag or branch of the model's repository. (default: the preset's commit, else main)"),
+]
 Saes = Annotated[
     str | None,
     typer.Option(help="SAELens folders, {layer} for the layer's number; or owner/name:path in a Hub repository."),
@@ -35,6 +39,12 @@ Dtype = Annotated[
 Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit, where bitsandbytes is installed.")]
 RemoteCode = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")
+]
+NoReadAhead = Annotated[
+    bool | None, typer.Option("--no-read-ahead", help="Keep one SAE in memory, not also the next one.")
+]
+NoFeatureLabels = Annotated[
+    bool | None, typer.Option("--no-feature-labels", help="Ask Neuronpedia for no explanations of features.")
 ]
 PromptFile = Annotated[
     Path | None,

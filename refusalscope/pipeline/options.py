@@ -25,8 +25,9 @@ STUDIED = (
     *("studies", "category_prompts", "categories", "language", "pairs", "suffixes", "nodes"),
     *("detection", "look_alikes", "pooling", "paper_labels"),
     *("against", "documents"),
+    *("no_read_ahead", "no_feature_labels"),
 )
-"""What studies are given beside the run's own prompts: they may share a folder whatever each was given."""
+"""What shapes no number of a run's own stages: commands that differ in these may share a folder."""
 SWEEP: dict[str, Any] = {"sizes": (10, 20, 30, 40, 50), "factors": (0.0, -1.0, -2.0, -3.0)}
 """The published grid, which a sweep takes where neither command line nor file says otherwise."""
 
@@ -37,6 +38,8 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = "testbed"
+    revision: str | None = None
+    """Of the model's repository. None: the preset's own, for others the newest."""
     saes: str | None = None
     sae_release: str | None = None
     sae_id: str | None = None
@@ -89,6 +92,10 @@ class Options(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Literal["8bit", "4bit"] | None = None
     trust_remote_code: bool = False
+    no_read_ahead: bool = False
+    """Keep a single SAE in memory: the next one is read only when its turn has come."""
+    no_feature_labels: bool = False
+    """Ask Neuronpedia for no explanations of features."""
     seed: int = 0
 
     @model_validator(mode="after")
