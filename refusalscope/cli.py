@@ -151,19 +151,8 @@ JUDGE_OPTIONS = frozenset(
 )
 OPTION_NAMES = frozenset(
     (
-        *(
-            "model",
-            "revision",
-            "saes",
-            "sae_release",
-            "sae_id",
-            "layers",
-            "prompts",
-            "columns",
-            "label",
-            "limit",
-            "datasets",
-        ),
+        *("model", "revision", "saes", "sae_release", "sae_id", "layers", "prompts", "columns", "label"),
+        *("limit", "datasets"),
         *("protocol", "full", "k", "methods", "draws", "factors", "values", "refusal_token", "best_layer"),
         *("keep_unrefused", "system", "thinking", "chat_template", "max_new_tokens", "batch_size", "device"),
         *("device_map", "dtype", "quantize", "trust_remote_code", "seed", "sizes"),
