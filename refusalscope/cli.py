@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from refusalscope import cli_options as option
+from refusalscope import cli_words as words
 
 if TYPE_CHECKING:
-    from refusalscope.evals.judges import Settings
     from refusalscope.pipeline.judge import Unscored
 
 app = typer.Typer(
@@ -103,17 +103,17 @@ def add_verb(verb: str, text: str) -> None:
 
     def command(**options: Any) -> None:
         said = {key: value for key, value in options.items() if value is not None}
-        given = {key: value for key, value in said.items() if key in OPTION_NAMES}
+        given = {key: value for key, value in said.items() if key in words.OPTION_NAMES}
         folder = (said.get("name"), said["runs"])
         with one_clear_line(), progress_bar() as progress:
             # A batch size is meant for the studied model.
-            how = {key: said[key] for key in (*JUDGE_OPTIONS, "device", "dtype") if key in said}
+            how = {key: said[key] for key in (*words.JUDGE_OPTIONS, "device", "dtype") if key in said}
             chain = "choose" if said.get("choose") else verb
             drive(chain, given, folder=folder, config=said.get("config"), progress=progress, judging=how)
 
     command.__annotations__ = every_option.__annotations__
     vars(command)["__signature__"] = signature(every_option)
-    hide(command, foreign(verb))
+    hide(command, words.foreign(verb))
     app.command(verb, help=text)(command)
 
 
@@ -124,42 +124,6 @@ def hide(command: Callable[..., None], names: Iterable[str]) -> None:
     vars(command)["__signature__"] = whole.replace(parameters=kept)
 
 
-def foreign(verb: str) -> frozenset[str]:
-    """The options of other verbs, which this one does not take."""
-    others = STUDY_OPTIONS - STUDIES.get(verb, frozenset())
-    others |= frozenset() if verb in JUDGED else JUDGE_OPTIONS
-    return others | (frozenset() if verb == "sweep" else SWEEP_OPTIONS)
-
-
-SWEEP_OPTIONS = frozenset(("sizes", "choose"))
-BY_CATEGORY = frozenset(("category_prompts", "categories", "language"))
-PROBED = frozenset(("detection", "look_alikes", "pooling", "paper_labels"))
-STUDIES = {
-    "run": BY_CATEGORY | {"studies", "nodes", "pairs", "suffixes"} | PROBED,
-    "categories": BY_CATEGORY | {"nodes"},
-    "jailbreaks": BY_CATEGORY | {"pairs"},
-    "suffixes": BY_CATEGORY | {"suffixes"},
-    "probe": BY_CATEGORY | PROBED,
-    "health": frozenset(("against", "documents")),
-}
-"""Verbs that are given more than the run's own prompts, and by which options."""
-STUDY_OPTIONS = frozenset().union(*STUDIES.values())
-JUDGED = ("run", "benchmark")
-"""Verbs that answer, so that there is something to judge."""
-JUDGE_OPTIONS = frozenset(
-    ("judges", "judge_url", "judge_model", "judge_revision", "judge_template", "judge_engine", "judge_question")
-)
-OPTION_NAMES = frozenset(
-    (
-        *("model", "revision", "saes", "sae_release", "sae_id", "layers", "prompts", "columns", "label"),
-        *("limit", "datasets"),
-        *("protocol", "full", "k", "methods", "draws", "factors", "values", "refusal_token", "best_layer"),
-        *("keep_unrefused", "system", "thinking", "chat_template", "max_new_tokens", "batch_size", "device"),
-        *("device_map", "dtype", "quantize", "trust_remote_code", "seed", "sizes"),
-        *("no_read_ahead", "no_feature_labels"),
-        *STUDY_OPTIONS,
-    )
-)
 add_verb("run", "Every study: which features refuse, what edits change and cost, why attacks pass; with a report.")
 add_verb("features", "Only find the direction and the feature sets.")
 add_verb("verify", "Check on this model that attributions are computed right and predict interventions.")
@@ -187,16 +151,10 @@ def drive(
     from refusalscope.pipeline.answered import of_benchmark
     from refusalscope.pipeline.job import Job
 
-    if "columns" in values:
-        values["columns"] = parse_columns(values["columns"])
-    if "layers" in values:
-        values["layers"] = parse_numbers("--layers", values["layers"])
-    if "sizes" in values:
-        values["sizes"] = parse_numbers("--sizes", values["sizes"])
     sweeps = verb in ("sweep", "choose")
-    made = options.make(values, config, defaults=options.SWEEP if sweeps else {})
+    made = options.make(words.parsed(values), config, defaults=options.SWEEP if sweeps else {})
     chains.check(verb, made)
-    names, settings = judge.asked(judging.get("judges", ())), judge_settings(judging)
+    names, settings = judge.asked(judging.get("judges", ())), words.judge_settings(judging)
     settings = judge.check(names, settings)
     no_loading_bars()
     name, runs = folder
@@ -214,52 +172,11 @@ def drive(
     print(job.store.root / path)
 
 
-def judge_settings(said: dict[str, Any]) -> "Settings":
-    """How judges are run, from the options of judging. Raises ValueError for a word that is no choice."""
-    from refusalscope.evals.judges import Settings
-
-    for key, choices in JUDGE_CHOICES.items():
-        if said.get(key, choices[0]) not in choices:
-            raise ValueError(f"--{key.replace('_', '-')} {said[key]!r}: choose one of {', '.join(choices)}")
-    names = {key: key.removeprefix("judge_") for key in (*JUDGE_OPTIONS, "device", "dtype", "batch_size")}
-    return Settings(**{own: said[key] for key, own in names.items() if key in said and key != "judges"})
-
-
-JUDGE_CHOICES = {
-    "judge_engine": ("transformers", "vllm"),
-    "judge_question": ("harmful", "refused", "coherent"),
-    "device": ("auto", "cpu", "cuda", "mps"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-}
-
-
 def tell(left: "Sequence[Unscored]") -> None:
     """What was left without a score, on standard error: the rest is usable."""
     for one in left:
         why = one.reason or "no reason given"
         print(f"{one.judge}: {one.unscored} of {one.answers} answers unscored, mostly: {why}", file=sys.stderr)
-
-
-def parse_columns(text: str) -> dict[str, str]:
-    """`text=question,label=class` as a mapping. Raises ValueError for anything else."""
-    pairs = [part.partition("=") for part in text.split(",")]
-    if not all(key and own for key, _, own in pairs):
-        raise ValueError(f"--columns {text!r}: write text=NAME,label=NAME,category=NAME")
-    return {key.strip(): own.strip() for key, _, own in pairs}
-
-
-LONGEST_RANGE = 10_000
-
-
-def parse_numbers(flag: str, parts: list[str]) -> list[int]:
-    """`["3,7", "9-11"]` as 3, 7, 9, 10, 11. Raises ValueError for anything else."""
-    numbers: set[int] = set()
-    for part in ",".join(parts).split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not (last.isdecimal() and 0 <= int(last) - int(first) < LONGEST_RANGE)):
-            raise ValueError(f"{flag} {part!r}: write {flag.removeprefix('--')} as 9, or 3,7, or 3-7")
-        numbers.update(range(int(first), int(last or first) + 1))
-    return sorted(numbers)
 
 
 @app.command()
@@ -306,7 +223,7 @@ def judge(
         if not set(judges or ()) - {judging.NO_JUDGE} and labels is None:
             raise ValueError("nothing to judge by: name a judge with --judge, or a person's labels with --labels")
         no_loading_bars()
-        store, settings = Store(run), judge_settings(said)
+        store, settings = Store(run), words.judge_settings(said)
         with store.claim:
             left = judging.judge_run(store, judges or [], settings, labels=labels, datasets=datasets, progress=progress)
         tell(left)
@@ -356,15 +273,10 @@ def capability(
         from refusalscope.pipeline import capability as measuring
 
         no_loading_bars()
-        names = None if methods is None else split(methods)
-        wanted = measuring.Wanted(split(tasks), names, limit, num_fewshot, include_path, documents, batch_size)
+        names = None if methods is None else words.split(methods)
+        wanted = measuring.Wanted(words.split(tasks), names, limit, num_fewshot, include_path, documents, batch_size)
         with closing(measuring.reopened(run, progress)) as job:
             print(run / measuring.run_capability(job, wanted))
-
-
-def split(text: str) -> tuple[str, ...]:
-    """`a, b` as ("a", "b")."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @app.command()

@@ -41,9 +41,9 @@ class Source(NamedTuple):
 
     @property
     def place(self) -> str:
-        """The folder of FLOORS that the file is in; `__main__` and `cli_options` count with `cli`."""
+        """The folder of FLOORS that the file is in; `__main__`, `cli_options` and `cli_words` count with `cli`."""
         first = self.path.split("/")[0].removesuffix(".py")
-        return "cli" if first in ("__main__", "cli_options") else first
+        return "cli" if first in ("__main__", "cli_options", "cli_words") else first
 
 
 class Import(NamedTuple):

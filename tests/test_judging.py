@@ -14,7 +14,7 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 from typer.testing import CliRunner
 
-from refusalscope import cli
+from refusalscope import cli, cli_words
 from refusalscope.cli import app
 from refusalscope.core import stats
 from refusalscope.core.store import Store
@@ -410,7 +410,7 @@ def test_a_run_with_a_judge_nobody_knows_does_not_begin(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", ["run", "benchmark"])
 def test_device_and_dtype_hold_for_the_judges_too(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Settings] = []
-    monkeypatch.setattr(cli, "drive", lambda *_, judging, **__: seen.append(cli.judge_settings(judging)))
+    monkeypatch.setattr(cli, "drive", lambda *_, judging, **__: seen.append(cli_words.judge_settings(judging)))
     words = ("--device", "cpu", "--dtype", "float32", "--batch-size", "2", "--judge", "minos")
     assert invoke(verb, "testbed", *words)[0] == 0
     assert seen == [Settings(device="cpu", dtype="float32")]
