@@ -3,15 +3,17 @@
 Also what a checkpoint says of itself: its decoder layers, the tokens it ends with. Knows nothing of chats or hooks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
+
+from refusalscope.inputs import damaged, hub
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Bits = Literal["8bit", "4bit"]
@@ -43,20 +45,75 @@ class Loaded(NamedTuple):
 def load(
     source: str | Path, *, name: str, revision: str | None, placement: Placement, trust_remote_code: bool
 ) -> Loaded:
-    """Load from a folder or a hub name. Raises ValueError with one line when that cannot be done."""
+    """Load from a folder or a hub name at a commit. Raises ValueError with one line when that cannot be done."""
+    from accelerate.utils.memory import should_reduce_batch_size
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"trust_remote_code": trust_remote_code, **({} if revision is None else {"revision": revision})}
-    settings = _settings(placement)
-    try:
+    where, settings = _where(revision, trust_remote_code), _settings(placement)
+    with _one_line(name):
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         model = AutoModelForCausalLM.from_pretrained(source, **where, **settings)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"cannot load {name} as a causal language model: {reason}") from error
     if "device_map" not in settings:
         model.to(device=choose_device(placement.device))  # type: ignore[reportCallIssue]
     return Loaded(model, tokenizer)
+
+
+class Described(NamedTuple):
+    """What a checkpoint says of itself before its weights are read."""
+
+    config: Any
+    """Of the text stack."""
+    tokenizer: Any
+
+
+def describe(source: str | Path, *, name: str, revision: str | None, trust_remote_code: bool) -> Described:
+    """Configuration and tokenizer alone. Raises ValueError with one line when that cannot be done."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    where = _where(revision, trust_remote_code)
+    with _one_line(name):
+        config = AutoConfig.from_pretrained(source, **where).get_text_config()
+        return Described(config, AutoTokenizer.from_pretrained(source, **where))
+
+
+def _where(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    return {"trust_remote_code": trust_remote_code, **({} if revision is None else {"revision": revision})}
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """What transformers raises for a checkpoint that it cannot read, as a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        # Libraries fail in their own ways, tokenizers by a bare Exception. Too little memory is no fault of the files.
+        if should_reduce_batch_size(error):
+            raise
+        reason = why(error, source, revision) or hub.first_line(error)
+        raise ValueError(f"cannot load {name} as a causal language model: {reason}") from error
+
+
+def why(error: Exception, source: str | Path, revision: str | None) -> str | None:
+    """What kept transformers from loading a folder, or a repository at a commit, in one line; None: it says so itself.
+
+    Code that the repository brings, what the hub has against it, a part that is missing or a file that is not whole.
+    """
+    if "trust_remote_code=True" in str(error):
+        page = f"https://huggingface.co/{source}/tree/{revision}" if revision else str(source)
+        return (
+            f"it brings code of its own, which runs with all your rights and only if you say so: read {page}, then "
+            "add --trust-remote-code"
+        )
+    asked = None if revision is None else hub.Asked(str(source), revision)
+    folder = Path(source) if asked is None else hub.cached(asked)
+    missing = damaged.lacking(folder) if folder else ""
+    if asked and (line := hub.explained(error, asked, lacking=missing)):
+        return line
+    if folder is None:
+        return None
+    if missing:
+        return f"{missing} is missing from {folder}, whose index of weights names it: copy or download it"
+    return damaged.described(folder)
 
 
 def choose_device(device: str) -> str:

@@ -84,6 +84,10 @@ class Role(IntEnum):
     RESPONSE = 4
 
 
+class NotOneBos(ValueError):
+    """A chat opens with more than one BOS, or with none where the tokenizer has one to open it with."""
+
+
 class Encoded(NamedTuple):
     """One rendered chat."""
 
@@ -320,5 +324,5 @@ class ChatTemplate:
         if ids[0] != bos:
             ids, roles, count = [bos, *ids], [int(Role.HEADER), *roles], count + 1
         if count != 1:
-            raise ValueError(f"the chat template of {self.name} gives {count} BOS tokens, not one")
+            raise NotOneBos(f"the chat template of {self.name} gives {count} BOS tokens, not one")
         return Encoded(ids, roles)

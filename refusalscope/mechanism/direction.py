@@ -142,7 +142,8 @@ def find_refusal_tokens(
         raise NoDirection(
             f"none of the {len(data.harmful_train)} harmful train prompts is recognisably refused by {model.name}: no "
             "first token opens 5 % of these answers, a larger share than of answers to harmless prompts, and leads to "
-            "refusals; name one with --refusal-token"
+            "refusals; name one with --refusal-token, and where nothing is refused also --keep-unrefused and "
+            "--best-layer"
         )
     return tuple(found)
 

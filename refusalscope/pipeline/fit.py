@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.types import Direction, Prompts
@@ -25,14 +26,7 @@ class Fitted:
 
 def fit(job: Job) -> Fitted:
     """Find the direction on the prompts given, or, when too few of them are refused, on the model's own."""
-    sources = {"given": job.sets} if job.sets.fitting else {}
-    if job.prompts is not None and job.target.prompts is not None:
-        sources["own"] = prompts.from_testbed(count=1, full=False)
-    if not sources:
-        raise ValueError(
-            f"{job.prompts} holds no train split (at least 48 harmful and 48 harmless prompts are needed) and "
-            f"{job.target.name} has no prompts of its own: give more prompts"
-        )
+    sources = sources_of(job, job.sets)
     overrides = (job.refusal_tokens, job.best_layer, job.options.keep_unrefused, job.options.protocol)
     key = job.key("direction", {name: dict(s.fitting) for name, s in sources.items()}, overrides)
     if not (job.store.has("direction.safetensors", key) and job.store.has("fitting.json", key)):
@@ -53,6 +47,22 @@ def fit(job: Job) -> Fitted:
     )
 
 
+def sources_of(job: Job, given: prompts.PromptSets) -> dict[str, prompts.PromptSets]:
+    """What a direction may be fitted on, in the order in which it is tried: `given`, the model's own prompts.
+
+    Raises ValueError where neither is there.
+    """
+    sources = {"given": given} if given.fitting else {}
+    if job.prompts is not None and job.target.prompts is not None:
+        sources["own"] = prompts.from_testbed(count=1, full=False)
+    if not sources:
+        raise ValueError(
+            f"{job.prompts} holds no train split (at least 48 harmful and 48 harmless prompts are needed) and "
+            f"{job.target.name} has no prompts of its own: give more prompts"
+        )
+    return sources
+
+
 def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Direction, str, list[str]]:
     notes = _published(job)
     if "given" not in sources:
@@ -64,7 +74,7 @@ def _find(job: Job, sources: Mapping[str, prompts.PromptSets]) -> tuple[Directio
                 FitData(*(source.fitting[part] for part in prompts.FITTING)),
                 batch_size=job.size("direction"),
                 is_refusal=lambda text: bool(rules.refused_by_phrase(text).score),
-                refusal_tokens=_token_ids(job),
+                refusal_tokens=token_ids(job, job.model.tokenizer),
                 best_layer=job.best_layer,
                 keep_unrefused=job.options.keep_unrefused,
                 published=job.options.protocol == "paper",
@@ -91,10 +101,11 @@ def _published(job: Job) -> list[str]:
     return [f"Published settings of {job.target.name} are used: {' and '.join(used)}."] if used else []
 
 
-def _token_ids(job: Job) -> list[int]:
+def token_ids(job: Job, tokenizer: Any) -> list[int]:
+    """The refusal tokens that were given or published. Raises ValueError for a text that is not one token."""
     ids = []
     for text in job.refusal_tokens:
-        found = job.model.tokenizer(text, add_special_tokens=False).input_ids
+        found = tokenizer(text, add_special_tokens=False).input_ids
         if len(found) != 1:
             raise ValueError(f"--refusal-token {text!r} is {len(found)} tokens of {job.target.name}, not one")
         ids.append(int(found[0]))

@@ -22,7 +22,7 @@ from refusalscope.inputs.saes import SaeBank
 from refusalscope.inputs.template import ChatStyle
 from refusalscope.pipeline import options as run_options
 from refusalscope.pipeline import sources
-from refusalscope.pipeline.environment import describe, versions
+from refusalscope.pipeline.environment import describe, origin, versions
 from refusalscope.pipeline.options import Options
 
 T = TypeVar("T")
@@ -44,12 +44,13 @@ class Job:
         self.progress = progress
         self.target = presets.resolve(
             options.model,
+            revision=options.revision,
             saes=options.saes,
             sae_release=options.sae_release,
             sae_id=options.sae_id,
             layers=options.layers,
         )
-        self._style = ChatStyle(options.system, options.thinking, sources.read_template(options.chat_template))
+        self.style = ChatStyle(options.system, options.thinking, sources.read_template(options.chat_template))
         self.store = Store(folder)
         self.prompts = options.prompts or (None if self.target.prompts else sources.common_prompts(progress))
         self._given = sources.load_prompts(options, self.prompts)
@@ -58,10 +59,27 @@ class Job:
         self._started = time.monotonic()
         self.store.claim.take()
 
+    @property
+    def given(self) -> prompts.PromptSets:
+        """The prompts of this run as they were given, those too long for the model among them."""
+        return self._given
+
     @cached_property
     def model(self) -> ChatModel:
+        """The model, once it is known that the SAEs fit it. Raises ValueError, one line, where they do not."""
+        target, loaded = self.target, self.load_model()
+        if beyond := [layer for layer in target.saes.names if layer >= len(loaded.layers)]:
+            raise ValueError(
+                f"{target.saes.where} has SAEs for layers {beyond}, but {target.name} has layers 0 to "
+                f"{len(loaded.layers) - 1}: choose SAEs trained on this model"
+            )
+        self.saes.check(loaded.width, target.name)
+        return loaded
+
+    def load_model(self) -> ChatModel:
+        """The model alone, whatever SAEs there are."""
         target, options = self.target, self.options
-        loaded = ChatModel.load(
+        return ChatModel.load(
             target.model,
             name=target.name,
             identity=target.identity,
@@ -70,16 +88,9 @@ class Job:
             dtype=options.dtype,
             quantize=options.quantize,
             device_map=options.device_map,
-            style=self._style,
+            style=self.style,
             trust_remote_code=options.trust_remote_code,
         )
-        if beyond := [layer for layer in target.saes.names if layer >= len(loaded.layers)]:
-            raise ValueError(
-                f"{target.saes.where} has SAEs for layers {beyond}, but {target.name} has layers 0 to "
-                f"{len(loaded.layers) - 1}: choose SAEs trained on this model"
-            )
-        self.saes.check(loaded.width, target.name)
-        return loaded
 
     @cached_property
     def saes(self) -> SaeBank:
@@ -133,7 +144,7 @@ class Job:
 
     def key(self, stage: str, *inputs: Any) -> str:
         """Cache key of a stage: the model, the versions and batch size that shape its numbers, and its inputs."""
-        how = (self.device, self.options.dtype, self.options.quantize, self.options.device_map, self._style)
+        how = (self.device, self.options.dtype, self.options.quantize, self.options.device_map, self.style)
         return fingerprint(stage, self.target.identity, versions(), self._size(stage), how, *inputs)
 
     def size(self, stage: str) -> int:
@@ -242,7 +253,7 @@ class Job:
 
     @property
     def _too_long_key(self) -> str:
-        return fingerprint(self.target.identity, self._given, self.max_new_tokens, self._style)
+        return fingerprint(self.target.identity, self._given, self.max_new_tokens, self.style)
 
     @cached_property
     def _too_long(self) -> dict[str, Any]:
@@ -271,7 +282,7 @@ class Job:
             context = self.model.context
             return {"ids": [] if context is None else self.model.longer(rows, context - self.max_new_tokens)}
 
-        key = fingerprint(self.target.identity, rows, self.max_new_tokens, self._style)
+        key = fingerprint(self.target.identity, rows, self.max_new_tokens, self.style)
         long = set(self.store.get(f"too_long/{rows.name}.json", key, dict, measure)["ids"])
         notes = [f"{len(long)} of {len(rows)} {rows.name} prompts are too long for the model's context: left out."]
         return rows.keep(set(rows.ids) - long), notes if long else []
@@ -280,11 +291,8 @@ class Job:
         """Record the environment, unless everything had been made before."""
         if self.store.made or not self.store.has("environment.json", ""):
             seconds = time.monotonic() - self._started
-            about = describe(device=self.device, seed=self.options.seed, seconds=seconds) | {
-                "model": f"{self.target.model}@{self.target.revision}" if self.target.revision else self.target.model,
-                "saes": {"source": self.target.saes.where, "layers": list(self.target.saes.names)},
-            }
-            self.store.put("environment.json", "", about)
+            about = describe(device=self.device, seed=self.options.seed, seconds=seconds)
+            self.store.put("environment.json", "", about | origin(self.target, self.options.trust_remote_code))
 
     def release(self) -> None:
         """Let go of the model and the SAEs, for whatever needs their memory next; they are loaded again on demand."""
