@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from refusalscope.evals import dialect, transport
 from refusalscope.evals.engines import Reply
 from refusalscope.evals.server import Server
+from refusalscope.inputs import web
 from tests.judge_server import MODEL, Body, Said, about, free_port, judge_server
 
 CHOICES = ("yes", "no")
@@ -285,11 +286,11 @@ def test_a_server_without_health_is_there_if_it_answers(health, models):
 def test_a_pause_that_the_server_asks_for_is_kept(monkeypatch):
     then = datetime.now(UTC) + timedelta(hours=1)
     for asked, least, most in [("7", 7, 7), ("1.5", 1.5, 1.5), ("-3", 0, 0), (format_datetime(then), 3590, 3600)]:
-        pause = transport.asked_pause(asked)
+        pause = web.asked_pause(asked)
         assert pause is not None
         assert least <= pause <= most
     for asked in ("", "soon", "Mon, 99 Foo", "nan"):
-        assert not transport.asked_pause(asked)
+        assert not web.asked_pause(asked)
 
 
 def test_retry_after_comes_before_back_off():
@@ -367,7 +368,7 @@ def test_what_stands_on_this_machine_is_not_asked_for_through_a_proxy(monkeypatc
     with judge_server() as judge:
         assert complete(quick(judge.url))[0].text == "yes"
     for host, local in [("localhost", True), ("127.9.9.9", True), ("[::1]", True), ("judge.example", False)]:
-        assert transport.is_loopback(f"http://{host}:80") == local
+        assert web.is_loopback(f"http://{host}:80") == local
 
 
 @pytest.mark.parametrize("known", [True, False])

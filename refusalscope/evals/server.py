@@ -18,6 +18,7 @@ import httpx
 from refusalscope.evals import dialect, transport
 from refusalscope.evals.dialect import Form, failed, line
 from refusalscope.evals.engines import Message, Reply
+from refusalscope.inputs import web
 
 AGAIN = (408, 409, 429)
 """What a server says when the same request may fare better soon; so does any 5xx."""
@@ -227,7 +228,7 @@ class Server:
             raise _Refused(why)
         if said.status in AGAIN or said.status >= 500:
             fails = said.status >= 500 and said.status not in LOADING
-            raise _Passing(why, transport.asked_pause(said.retry_after), fails=fails)
+            raise _Passing(why, web.asked_pause(said.retry_after), fails=fails)
         if said.status in (401, 403):
             raise _Fault(f"{why} (the key is read from the environment variable {transport.KEY})")
         raise _Fault(why)
@@ -275,8 +276,8 @@ class Server:
 
     def _fetch(
         self, client: httpx.Client, method: str, path: str, seconds: float, content: bytes | None = None
-    ) -> transport.Answer:
-        said = transport.fetch(client, method, f"{self._root}/{path}", seconds, content)
+    ) -> web.Answer:
+        said = web.fetch(client, method, f"{self._root}/{path}", seconds, content)
         # Servers echo keys in their complaints. What is shorter is no secret, and may be part of anything.
         if len(self._key) >= SECRET:
             return said._replace(content=said.content.replace(self._key.encode(), b"[key]"))

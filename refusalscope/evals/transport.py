@@ -1,32 +1,16 @@
-"""One answer of one server: in time, of bounded size, from the host that the user named and no other.
+"""Speaks to the host that the user named and to no other: its address, its key, the words for what goes wrong.
 
-Knows HTTP, the key and the words for what goes wrong; nothing of judges.
+Knows HTTP, nothing of judges; one answer in time is `inputs/web.py`.
 """
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from ipaddress import ip_address
-from socket import SHUT_RDWR, socket
-from threading import Lock, Timer
-from typing import Any, NamedTuple
 
 import httpx
 
+from refusalscope.inputs.web import is_loopback
+
 KEY = "REFUSALSCOPE_JUDGE_KEY"
 """The environment variable that holds the server's API key."""
-LARGEST = 2**24
-"""Bytes of an answer."""
-
-
-class Answer(NamedTuple):
-    """What a server says."""
-
-    status: int
-    retry_after: str
-    content: bytes
 
 
 def address(url: str) -> str:
@@ -66,67 +50,9 @@ def client(root: str, secret: str) -> httpx.Client:
     headers = {"Content-Type": "application/json"}
     if secret:
         headers["Authorization"] = f"Bearer {secret}"
-    # What stands on this machine is not asked for through a proxy. Every request opens a socket: see `_Deadline`.
+    # What stands on this machine is not asked for through a proxy. Every request opens a socket: see `web.Line`.
     alone = httpx.Limits(max_keepalive_connections=0)
     return httpx.Client(headers=headers, follow_redirects=False, trust_env=not is_loopback(root), limits=alone)
-
-
-def is_loopback(root: str) -> bool:
-    """Whether the address is this machine's own."""
-    host = httpx.URL(root).host
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-
-
-def fetch(client: httpx.Client, method: str, url: str, seconds: float, content: bytes | None = None) -> Answer:
-    """One answer, whole within `seconds` and LARGEST bytes. Raises httpx.HTTPError."""
-    body = bytearray()
-    with _Deadline(seconds) as deadline:
-        told = {"trace": deadline.trace}
-        with client.stream(method, url, content=content, timeout=seconds, extensions=told) as response:
-            for part in response.iter_bytes():
-                body += part
-                if len(body) > LARGEST:
-                    raise httpx.DecodingError(f"the server's answer is longer than {LARGEST} bytes")
-        return Answer(response.status_code, response.headers.get("Retry-After", ""), bytes(body))
-
-
-class _Deadline:
-    """Hangs up when it is over: httpx times each part alone, and would wait without end for a byte now and then."""
-
-    def __init__(self, seconds: float) -> None:
-        self._timer = Timer(seconds, self._hang_up)
-        self._timer.daemon = True
-        self._lock = Lock()
-        self._socket: socket | None = None
-        self._over = False
-
-    def trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """What httpcore tells of a request as it goes on; the last socket that it opens is the one that counts."""
-        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
-            with self._lock:
-                self._socket = info["return_value"].get_extra_info("socket")
-            if self._over:
-                self._hang_up()
-
-    def __enter__(self) -> "_Deadline":
-        self._timer.start()
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._timer.cancel()
-        # Whatever a socket says that was shut under its reader, and a body that seems to end there.
-        if self._over and (error is None or isinstance(error, Exception)):
-            raise httpx.ReadTimeout("") from error
-
-    def _hang_up(self) -> None:
-        with self._lock:
-            self._over = True
-            if self._socket is not None:
-                with suppress(OSError):
-                    self._socket.shutdown(SHUT_RDWR)
 
 
 def in_words(error: httpx.HTTPError, seconds: float) -> str:
@@ -140,16 +66,3 @@ def in_words(error: httpx.HTTPError, seconds: float) -> str:
         case httpx.RemoteProtocolError():
             return f"the server's answer was cut off: {said}"
     return f"the connection was lost: {said}"
-
-
-def asked_pause(retry_after: str) -> float | None:
-    """Seconds that Retry-After asks for, as a number or as a date; None where it does not say."""
-    try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        pass
-    try:
-        then = parsedate_to_datetime(retry_after)
-        return max(0.0, (then.replace(tzinfo=then.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError, OverflowError):
-        return None
