@@ -21,6 +21,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from refusalscope.inputs import presets
 from tests import hub_models
 
 WIDTHS = {"16k": 16384, "65k": 65536}
@@ -74,7 +75,7 @@ def fill(cache: Path, served: Served) -> None:
 
 def model(cache: Path, name: str) -> None:
     """Put the model repository `name` into `cache`, unless it is there."""
-    folder = snapshot(cache, name)
+    folder = snapshot(cache, name, pinned("model", name, "revision"))
     if not (folder / "config.json").exists():
         hub_models.save(name, folder)
 
@@ -85,17 +86,24 @@ def sae(cache: Path, release: str, sae_id: str, *, width: int) -> None:
 
     entry = get_pretrained_saes_directory()[release]
     path = entry.saes_map[sae_id]
-    folder = snapshot(cache, entry.repo_id)
+    folder = snapshot(cache, entry.repo_id, pinned("sae_release", release, "sae_revision"))
     if not (folder / path).exists():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         factor = entry.norm_scaling_factor.get(sae_id)
         WRITERS[str(entry.conversion_func)](folder / path, width=width, factor=factor)
 
 
-def snapshot(cache: Path, repository: str) -> Path:
+def pinned(key: str, value: str, pin: str) -> str | None:
+    """The commit that the presets whose `key` is `value` name as their `pin`; None where they name none."""
+    found = {preset.get(pin) for preset in presets.presets().values() if preset.get(key) == value}
+    assert len(found) < 2, f"{value} is pinned twice"
+    return next(iter(found), None)
+
+
+def snapshot(cache: Path, repository: str, commit: str | None = None) -> Path:
     """The folder that holds the files of `repository` at its one commit, made if it is not there."""
     home = cache / f"models--{repository.replace('/', '--')}"
-    commit = hashlib.sha1(repository.encode()).hexdigest()
+    commit = commit or hashlib.sha1(repository.encode()).hexdigest()
     folder = home / "snapshots" / commit
     folder.mkdir(parents=True, exist_ok=True)
     (home / "refs").mkdir(exist_ok=True)

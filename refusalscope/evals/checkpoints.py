@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from refusalscope.evals.engines import is_word
-from refusalscope.inputs import hub, releases
+from refusalscope.inputs import hub, loading, releases
+from refusalscope.inputs.hub import first_line
 
 SMALL = ("README.md", "*.json", "*.jinja", "tokenizer*", "*.model")
 """All that is wanted before the weights are."""
 ADAPTER = "adapter_model.safetensors"
 NO_SAFETENSORS = "weights are read from .safetensors files alone, and there are none"
+OTHER_JUDGE = "choose another judge, since a judge's code is never run"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def find(name: str, revision: str | None = None) -> Checkpoint:
     An adapter is known by its adapter_config.json, which names what it adapts.
     """
     is_folder = Path(name).is_dir()
-    folder = Path(name) if is_folder else hub.snapshot(name, *SMALL, revision=revision)
+    folder = Path(name) if is_folder else hub.snapshot(name, *SMALL, revision=revision, choice="with --judge-revision")
     commit = None if is_folder else folder.name
     shown = folder.resolve().name if is_folder else name
     if (adapter := folder / "adapter_config.json").is_file():
@@ -98,11 +100,12 @@ class Reader:
         base = checkpoint.base or checkpoint
         own = checkpoint if (checkpoint.folder / "tokenizer_config.json").is_file() else base
         try:
-            tokenizer = AutoTokenizer.from_pretrained(own.folder)
-            config = AutoConfig.from_pretrained(base.folder).get_text_config()
+            tokenizer = AutoTokenizer.from_pretrained(own.folder, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False).get_text_config()
         except Exception as error:
             # Libraries fail in their own ways; what tokenizers raises for a file is a bare Exception.
-            raise ValueError(f"cannot read the tokenizer of {checkpoint.name}: {first_line(error)}") from error
+            reason = loading.why(error, base.folder, None, code=OTHER_JUDGE) or first_line(error)
+            raise ValueError(f"cannot read the tokenizer of {checkpoint.name}: {reason}") from error
         positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
         return cls(tokenizer, min(int(tokenizer.model_max_length), int(positions)))
 
@@ -200,8 +203,3 @@ class Reader:
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
             pieces |= {next(token for token, shown in zip(ids, self.tokens(ids), strict=True) if shown)}
         return sorted(pieces)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

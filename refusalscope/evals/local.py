@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusalscope.evals.checkpoints import NO_SAFETENSORS, Checkpoint, Reader, adapter_folder, first_line
+from refusalscope.evals.checkpoints import NO_SAFETENSORS, OTHER_JUDGE, Checkpoint, Reader, adapter_folder, first_line
 from refusalscope.evals.engines import Message, Reply
+from refusalscope.inputs import loading
 from refusalscope.inputs.loading import choose_device, choose_dtype, end_tokens
 
 Item = TypeVar("Item")
@@ -143,7 +144,7 @@ class Sequences(Weights):
         self.dtype = _dtype(dtype, self.device)
         self.batch_size = batch_size
         self.reader = Reader.load(checkpoint)
-        named: Any = AutoConfig.from_pretrained(checkpoint.folder).id2label
+        named: Any = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False).id2label
         self.labels = [named[at] for at in sorted(named)]
         self.about = {**checkpoint.about, "engine": "transformers", "dtype": _named(self.dtype)}
 
@@ -228,7 +229,7 @@ def _causal(checkpoint: Checkpoint, reader: Reader, dtype: Any) -> Any:
 
 def _pretrained(kind: Any, checkpoint: Checkpoint, dtype: Any) -> Any:
     """The weights at the checkpoint's commit. Raises ValueError when some are missing, and whatever libraries raise."""
-    where = {} if checkpoint.revision is None else {"revision": checkpoint.revision}
+    where = {"trust_remote_code": False, **({} if checkpoint.revision is None else {"revision": checkpoint.revision})}
     # What does not fit is reported by us, in a line.
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
@@ -250,7 +251,9 @@ def _loaded(load: Callable[[], Any], checkpoint: Checkpoint, device: str) -> Any
         raise ValueError(f"{checkpoint.name} does not fit into the memory of {device}: {first_line(error)}") from error
     except Exception as error:
         # Libraries fail in their own ways: by a file's bytes, a size, a key, a module that is not there.
-        raise ValueError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
+        base = checkpoint.base or checkpoint
+        reason = loading.why(error, base.source, base.revision, code=OTHER_JUDGE) or first_line(error)
+        raise ValueError(f"cannot load the weights of {checkpoint.name}: {reason}") from error
 
 
 def _until(row: list[int], ends: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refusalscope.core.types import Prompt, Prompts
+from refusalscope.inputs import hub
 from refusalscope.inputs.tables import read_table, read_text
 from refusalscope.testbed import grammar
 
@@ -87,7 +88,8 @@ def _hub_rows(where: HubColumn) -> Iterator[dict[str, Any]]:
         # Streamed: of a large data set only what is read is downloaded.
         yield from load_dataset(where.repository, revision=where.revision, split="train", streaming=True)
     except Exception as error:  # the network's, the hub's and the file formats' own errors
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        asked = hub.Asked(where.repository, where.revision, "dataset", f"as {where.repository}@COMMIT:{where.column}")
+        reason = hub.explained(error, asked) or hub.first_line(error)
         raise ValueError(f"--documents {where.repository}@{where.revision} cannot be read: {reason}") from error
 
 

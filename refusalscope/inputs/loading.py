@@ -46,11 +46,10 @@ def load(
     source: str | Path, *, name: str, revision: str | None, placement: Placement, trust_remote_code: bool
 ) -> Loaded:
     """Load from a folder or a hub name at a commit. Raises ValueError with one line when that cannot be done."""
-    from accelerate.utils.memory import should_reduce_batch_size
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where, settings = _where(revision, trust_remote_code), _settings(placement)
-    with _one_line(name):
+    with _one_line(name, source, revision):
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         model = AutoModelForCausalLM.from_pretrained(source, **where, **settings)
     if "device_map" not in settings:
@@ -71,9 +70,27 @@ def describe(source: str | Path, *, name: str, revision: str | None, trust_remot
     from transformers import AutoConfig, AutoTokenizer
 
     where = _where(revision, trust_remote_code)
-    with _one_line(name):
+    with _one_line(name, source, revision):
         config = AutoConfig.from_pretrained(source, **where).get_text_config()
         return Described(config, AutoTokenizer.from_pretrained(source, **where))
+
+
+def skeleton(
+    source: str | Path, *, name: str, revision: str | None, placement: Placement, trust_remote_code: bool
+) -> Any:
+    """The model without weights, on the meta device, of the type it would be loaded as.
+
+    Raises ValueError with one line when its configuration cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = _where(revision, trust_remote_code)
+    dtype = choose_dtype(placement.dtype, choose_device(placement.device))
+    with _one_line(name, source, revision), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, **where)
+        own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+        kind = own if dtype == "auto" else dtype
+        return AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
 
 
 def _where(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
@@ -81,8 +98,10 @@ def _where(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def _one_line(name: str, source: str | Path, revision: str | None) -> Iterator[None]:
     """What transformers raises for a checkpoint that it cannot read, as a ValueError of one line."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
     try:
         yield
     except Exception as error:
@@ -93,17 +112,17 @@ def _one_line(name: str) -> Iterator[None]:
         raise ValueError(f"cannot load {name} as a causal language model: {reason}") from error
 
 
-def why(error: Exception, source: str | Path, revision: str | None) -> str | None:
+def why(
+    error: Exception, source: str | Path, revision: str | None, *, code: str = "add --trust-remote-code"
+) -> str | None:
     """What kept transformers from loading a folder, or a repository at a commit, in one line; None: it says so itself.
 
-    Code that the repository brings, what the hub has against it, a part that is missing or a file that is not whole.
+    Code that the repository brings (and what to do about it), what the hub has against it, a part that is missing or a
+    file that is not whole.
     """
     if "trust_remote_code=True" in str(error):
         page = f"https://huggingface.co/{source}/tree/{revision}" if revision else str(source)
-        return (
-            f"it brings code of its own, which runs with all your rights and only if you say so: read {page}, then "
-            "add --trust-remote-code"
-        )
+        return f"it brings code of its own, which would run with all your rights: read {page}, then {code}"
     asked = None if revision is None else hub.Asked(str(source), revision)
     folder = Path(source) if asked is None else hub.cached(asked)
     missing = damaged.lacking(folder) if folder else ""

@@ -37,6 +37,8 @@ class Target:
     name: str
     model: str
     """A Hugging Face repository, or the folder of a checkpoint."""
+    requested: str | None
+    """The commit, tag or branch that was asked for, by the user or the preset; None: the newest commit."""
     revision: str | None
     """The commit of the repository; None for a folder."""
     weights: str
@@ -87,24 +89,28 @@ def described(preset: dict[str, Any]) -> list[str]:
 def resolve(
     name: str,
     *,
+    revision: str | None = None,
     saes: str | None = None,
     sae_release: str | None = None,
     sae_id: str | None = None,
     layers: Sequence[int] | None = None,
 ) -> Target:
-    """The target that `name` stands for; the options override the preset's SAEs, `layers` restricts them.
+    """The target that `name` stands for; the options override the preset's revision and SAEs, `layers` restricts them.
 
-    Raises ValueError when there is no such model (naming near ones), no SAE fits, or an asset is damaged.
+    Raises ValueError when there is no such model (naming near ones) or revision, no SAE fits, or an asset is damaged.
     """
     preset = presets().get(name, {})
     model = _model(name, preset)
+    if revision is not None and _is_folder(model):
+        raise ValueError(f"--revision {revision}: {name} is a folder, which has no revisions: leave it out")
     chosen = _saes(name, preset, saes, sae_release, sae_id)
     if layers is not None:
         chosen = chosen.only(layers)
-    found = _checked(name, preset, model, None)
+    found = _checked(name, preset, model, revision)
     return Target(
         name=found.name,
         model=model,
+        requested=revision or preset.get("revision"),
         revision=found.revision,
         weights=found.weights,
         saes=chosen,
@@ -116,7 +122,7 @@ def resolve(
         refusal_tokens=tuple(preset.get("refusal_tokens", ())),
         best_layer=preset.get("best_layer"),
         values=tuple(preset.get("values", ())),
-        neuronpedia=preset.get("neuronpedia") if (saes or sae_release) is None else None,
+        neuronpedia=preset.get("neuronpedia") if (saes or sae_release or sae_id) is None else None,
         identity=hashlib.sha256(f"{found.weights}\n{chosen.identity}\n{list(chosen.names)}".encode()).hexdigest()[:16],
     )
 
@@ -160,14 +166,17 @@ def _other(target: Target, text: str) -> tuple[str, SaeSource]:
 
 
 def checkpoint(name: str, revision: str | None = None) -> Checkpoint:
-    """The model that `name` stands for, without SAEs; of a repository at `revision`. Raises ValueError as `resolve`."""
+    """The model that `name` stands for, without SAEs; of a repository at `revision`, else at the preset's.
+
+    Raises ValueError as `resolve`.
+    """
     preset = presets().get(name, {})
     return _checked(name, preset, _model(name, preset), revision)
 
 
 def _checked(name: str, preset: dict[str, Any], model: str, revision: str | None) -> Checkpoint:
     if not _is_folder(model):
-        commit = _commit(name, model, revision)
+        commit = _commit(name, model, revision or preset.get("revision"))
         return Checkpoint(name, model, commit, commit)
     if Path(model).is_relative_to(shipped.ASSETS):
         shipped.verify()
@@ -189,7 +198,7 @@ def _model(name: str, preset: dict[str, Any]) -> str:
 
 def _commit(name: str, repository: str, revision: str | None) -> str:
     try:
-        return hub.snapshot(repository, "config.json", revision=revision).name
+        return hub.snapshot(repository, "config.json", revision=revision, choice="with --revision").name
     except ValueError as error:
         nor = f"; nor is there a folder {name} with a config.json" if name == repository else ""
         raise ValueError(f"{error}{nor}") from error
@@ -205,7 +214,8 @@ def _saes(
     if "saes" in preset:
         return _from_pattern(_path(preset["saes"]))
     if "sae_release" in preset:
-        return releases.from_release(preset["sae_release"], sae_id or preset.get("sae_id"))
+        pattern, pin = sae_id or preset.get("sae_id"), preset.get("sae_revision")
+        return releases.from_release(preset["sae_release"], pattern, revision=pin)
     raise ValueError(
         f"model {name}: name its SAEs with --saes FOLDER, {{layer}} where the layer's number stands, or with "
         f"--sae-release{_known_saes(name)}"

@@ -9,14 +9,15 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from refusalscope.inputs import hub
+from refusalscope.inputs import damaged, hub, pinned
 
 L0 = 100
 """Where ids name their average L0, the one nearest this is taken, as published."""
@@ -39,6 +40,12 @@ class SaeSource:
     loaders: Mapping[int, Loader]
     identity: str
     """Changes whenever a weight does: commit and ids, or SHA-256 of the files."""
+    repository: str | None = None
+    """On the Hugging Face hub; None for folders."""
+    commit: str | None = None
+    """Of that repository: the one that is read."""
+    neuronpedia: Mapping[int, str] = field(default_factory=dict)
+    """Layer -> Neuronpedia's name of this very SAE, where SAELens or the SAE's own configuration carries it."""
 
     def only(self, layers: Iterable[int]) -> "SaeSource":
         """The SAEs of these layers. Raises ValueError naming the layers there are when one has none."""
@@ -46,7 +53,8 @@ class SaeSource:
         if missing := [layer for layer in wanted if layer not in self.names]:
             raise ValueError(f"--layers {missing}: {self.where} has SAEs for layers {list(self.names)}")
         names = {layer: self.names[layer] for layer in wanted}
-        return replace(self, names=names, loaders={layer: self.loaders[layer] for layer in wanted})
+        shown = {layer: name for layer, name in self.neuronpedia.items() if layer in names}
+        return replace(self, names=names, loaders={layer: self.loaders[layer] for layer in wanted}, neuronpedia=shown)
 
 
 def from_folders(pattern: str) -> SaeSource:
@@ -63,6 +71,7 @@ def from_folders(pattern: str) -> SaeSource:
         names=names,
         loaders={layer: partial(open_folder, Path(name)) for layer, name in names.items()},
         identity=digest(map(Path, names.values())),
+        neuronpedia=_told_by_folders({layer: Path(name) for layer, name in names.items()}),
     )
 
 
@@ -78,13 +87,17 @@ def from_repository(text: str) -> SaeSource:
         names=names,
         loaders={layer: partial(_open_repository, repository, folder.name, name) for layer, name in names.items()},
         identity=f"{repository}@{folder.name}:{path}",
+        repository=repository,
+        commit=folder.name,
+        neuronpedia=_told_by_folders({layer: folder / name for layer, name in names.items()}),
     )
 
 
-def from_release(release: str, pattern: str | None) -> SaeSource:
+def from_release(release: str, pattern: str | None, *, revision: str | None = None) -> SaeSource:
     """A release of SAELens's registry. `pattern` is an id with {layer}, and {l0} where ids name an average L0.
 
-    Without a pattern, the ids must differ in their layer alone. Raises ValueError naming near releases, or ids.
+    Without a pattern, the ids must differ in their layer alone. Files are read at the commit `revision` of the
+    repository, by default its newest. Raises ValueError naming near releases, or ids.
     """
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
@@ -96,13 +109,42 @@ def from_release(release: str, pattern: str | None) -> SaeSource:
     names = matching(ids, _only_pattern(release, ids) if pattern is None else _require_layer(pattern, "--sae-id"))
     if not names:
         raise ValueError(f"--sae-id {pattern}: no id of {release} fits; there are {_some(ids)}")
-    commit = hub.snapshot(entry.repo_id, "README.md").name
+    newest = f"by --sae-release {release}, which takes the newest"
+    commit = hub.snapshot(entry.repo_id, "README.md", revision=revision, choice=newest).name
     return SaeSource(
         where=release,
         names=names,
-        loaders={layer: partial(_open_release, release, name) for layer, name in names.items()},
+        loaders={layer: partial(_open_release, release, name, commit) for layer, name in names.items()},
         identity=f"{entry.repo_id}@{commit}:{json.dumps(names)}",
+        repository=entry.repo_id,
+        commit=commit,
+        neuronpedia=_told_by_registry(registry, release, names),
     )
+
+
+def _told_by_registry(registry: Mapping[str, Any], release: str, names: Mapping[int, str]) -> dict[int, str]:
+    """What the registry calls these SAEs on Neuronpedia: the release itself, else another that lists the same file."""
+    own = registry[release]
+    told = {
+        (entry.repo_id, entry.saes_map[name]): shown
+        for entry in (*registry.values(), own)
+        if entry.repo_id == own.repo_id
+        for name, shown in entry.neuronpedia_id.items()
+        if shown and name in entry.saes_map
+    }
+    files = {layer: (own.repo_id, own.saes_map[name]) for layer, name in names.items()}
+    return {layer: told[file] for layer, file in files.items() if file in told}
+
+
+def _told_by_folders(folders: Mapping[int, Path]) -> dict[int, str]:
+    """What the configurations of SAELens folders call their SAEs on Neuronpedia, where they do."""
+    told = {}
+    for layer, folder in folders.items():
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            shown = json.loads((folder / "cfg.json").read_bytes()).get("metadata", {}).get("neuronpedia_id")
+            if isinstance(shown, str):
+                told[layer] = shown
+    return told
 
 
 def releases_for(model: str) -> list[str]:
@@ -181,27 +223,35 @@ def open_folder(folder: Path, device: str) -> Any:
     from sae_lens import SAE
 
     # float32 whatever the file holds: a threshold rounded to bfloat16 moves features on and off.
-    return _opened(str(folder), lambda: SAE.load_from_disk(folder, device=device, dtype="float32"))
+    return _opened(str(folder), lambda: SAE.load_from_disk(folder, device=device, dtype="float32"), folder)
 
 
 def _open_repository(repository: str, commit: str, path: str, device: str) -> Any:
     return open_folder(hub.snapshot(repository, f"{path}/*", revision=commit) / path, device)
 
 
-def _open_release(release: str, name: str, device: str) -> Any:
+def _open_release(release: str, name: str, commit: str, device: str) -> Any:
     from sae_lens import SAE
-    from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name
+    from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name, get_repo_id_and_folder_name
 
+    kind = get_conversion_loader_name(release)
     # SAELens's own reader of these files asks the hub for their shapes even where they are cached.
-    reader = gemma_scope_2 if get_conversion_loader_name(release) == "gemma_3" else None
+    reader = partial(gemma_scope_2, revision=commit) if kind == "gemma_3" else pinned.reader(kind, commit)
+    repository, path = get_repo_id_and_folder_name(release, name)
+    asked = hub.Asked(repository, commit)
     return _opened(
         f"{name} of {release}",
         lambda: SAE.from_pretrained(release, name, device=device, dtype="float32", converter=reader),
+        (hub.cached(asked) or Path()) / path,
+        asked,
     )
 
 
-def _opened(what: str, load: Callable[[], Any]) -> Any:
-    """The SAE, or ValueError in one line. Running out of memory is no fault of the file and passes through."""
+def _opened(what: str, load: Callable[[], Any], place: Path, asked: hub.Asked | None = None) -> Any:
+    """The SAE, or ValueError in one line: `place` is looked at for a file that is not whole.
+
+    Running out of memory is no fault of the file and passes through.
+    """
     from accelerate.utils.memory import should_reduce_batch_size
 
     try:
@@ -213,8 +263,9 @@ def _opened(what: str, load: Callable[[], Any]) -> Any:
         # Each format's reader fails in its own way: a key, a shape, a zip file cut short, a pickle that is no tensor.
         if should_reduce_batch_size(error):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"cannot load an SAE from {what}: {type(error).__name__}: {reason}") from error
+        reason = (asked and hub.explained(error, asked)) or damaged.described(place)
+        reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"cannot load an SAE from {what}: {reason}") from error
 
 
 class Read(NamedTuple):
@@ -226,7 +277,12 @@ class Read(NamedTuple):
 
 
 def gemma_scope_2(
-    repo_id: str, folder_name: str, device: str, force_download: bool, cfg_overrides: dict[str, Any] | None
+    repo_id: str,
+    folder_name: str,
+    device: str,
+    force_download: bool,
+    cfg_overrides: dict[str, Any] | None,
+    revision: str | None = None,
 ) -> Read:
     """Reader of Gemma Scope 2's residual SAEs (`params.safetensors`: w_enc, w_dec, b_enc, b_dec, threshold).
 
@@ -237,7 +293,8 @@ def gemma_scope_2(
     layer = re.search(r"layer_(\d+)", folder_name)
     if "resid_post" not in folder_name or layer is None:
         raise ValueError(f"{folder_name} is no SAE on the residual stream after a layer: choose a resid_post one")
-    file = hf_hub_download(repo_id, f"{folder_name}/params.safetensors", force_download=force_download)
+    name = f"{folder_name}/params.safetensors"
+    file = hf_hub_download(repo_id, name, revision=revision, force_download=force_download)
     with safe_open(file, framework="pt", device=device) as stored:
         weights = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
     weights["W_enc"], weights["W_dec"] = weights.pop("w_enc"), weights.pop("w_dec")

@@ -39,7 +39,9 @@ def locate(named: str, *, option: str, tags: Sequence[str]) -> Source:
     repository, _, revision = named.partition("@")
     wanted = revision or PINNED.get(repository)
     try:
-        folder = snapshot(repository, *(f"*{ending}" for ending in ENDINGS), revision=wanted, kind="dataset")
+        tables = (f"*{ending}" for ending in ENDINGS)
+        choice = f"as {repository}@COMMIT"
+        folder = snapshot(repository, *tables, revision=wanted, kind="dataset", choice=choice)
     except ValueError as error:
         if repository in PINNED:
             raise

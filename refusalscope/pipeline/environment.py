@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from refusalscope import __version__
+from refusalscope.inputs.presets import Target
 
 PACKAGES = ("torch", "transformers", "sae-lens", "numpy", "scipy", "safetensors", "tokenizers")
 
@@ -44,6 +45,21 @@ def describe(*, device: str, seed: int, seconds: float) -> dict[str, Any]:
         "seed": seed,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
+    }
+
+
+def origin(target: Target, trust_remote_code: bool) -> dict[str, Any]:
+    """The part of `environment.json` that says which weights these are, and whether code came with them."""
+    saes = target.saes
+    return {
+        "model": {"source": target.model, "requested": target.requested, "commit": target.revision},
+        "saes": {
+            "source": saes.where,
+            "repository": saes.repository,
+            "commit": saes.commit,
+            "layers": list(saes.names),
+        },
+        "trust_remote_code": trust_remote_code,
     }
 
 
