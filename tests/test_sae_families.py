@@ -163,7 +163,7 @@ def test_weights_are_read_in_float32(tmp_path: Path) -> None:
     from sae_lens import SAE
 
     folders = tiny.save_saes(tmp_path, layers=1)
-    bank = SaeBank({0: lambda: SAE.load_from_disk(folders[0], dtype="bfloat16")}, identity="tiny")
+    bank = SaeBank({0: lambda device: SAE.load_from_disk(folders[0], dtype="bfloat16")}, identity="tiny")
     assert bank.layer(0).encode(residuals()).dtype == torch.float32
     assert bank.layer(0).slice(CHOSEN).threshold.dtype == torch.float32
 
@@ -232,7 +232,7 @@ def test_a_factor_that_is_missing_is_noted(normalise: str, tmp_path: Path) -> No
     assert bool(sae.note) == missing
     if normalise == "expected_average_only_in":
         theirs.fold_activation_norm_scaling_factor(0.5)
-        assert SaeBank({0: lambda: theirs}, identity="tiny").layer(0).note == ""
+        assert SaeBank({0: lambda device: theirs}, identity="tiny").layer(0).note == ""
 
 
 def test_notes_say_which_layers_have_saes_and_how_they_are_read() -> None:
@@ -266,7 +266,7 @@ def named(hook: str | None, **metadata: Any) -> Any:
 
 
 def opened(made: Any, layer: int = 3) -> SaeSlice:
-    return SaeBank({layer: lambda: made}, identity="tiny").layer(layer).slice([0])
+    return SaeBank({layer: lambda device: made}, identity="tiny").layer(layer).slice([0])
 
 
 @pytest.mark.parametrize(

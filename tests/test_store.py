@@ -133,8 +133,9 @@ def test_every_noun_comes_back_equal(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NOUNS)
 def test_bytes_are_stable(name: str, tmp_path: Path) -> None:
     value = NOUNS[name]
-    write, read = store.CODECS[type(value)]
-    assert write(value) == write(value) == write(read(write(value)))
+    content = store.to_bytes(value)
+    (tmp_path / "thing").write_bytes(content)
+    assert content == store.to_bytes(value) == store.to_bytes(Store(tmp_path).read("thing", type(value)))
 
 
 @given(
@@ -157,10 +158,21 @@ def test_tensors_carry_one_metadata_key(name: str) -> None:
     assert list(header["__metadata__"]) == ["refusalscope"]
 
 
-def test_views_of_one_tensor_are_written_apart() -> None:
+def test_views_of_one_tensor_are_written_apart(tmp_path: Path) -> None:
     table = torch.arange(20).reshape(4, 5)
     stacked = replace(attribution(5), prompt=table[0] % 2, layer=table[1], position=table[2], feature=table.T[:, 3])
-    assert same(store.CODECS[Attribution][1](store.write_tensors(stacked)), stacked)
+    Store(tmp_path).put("thing", "key", stacked)
+    assert same(Store(tmp_path).read("thing", Attribution), stacked)
+
+
+def test_tensors_are_mapped_and_outlive_their_file(tmp_path: Path) -> None:
+    kept = Store(tmp_path)
+    kept.put("thing", "key", NOUNS["slice"])
+    found = kept.read("thing", SaeSlice)
+    (tmp_path / "thing").unlink()
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert mapped
+    assert same(found, NOUNS["slice"])
 
 
 def test_infinity_is_no_result(tmp_path: Path) -> None:
@@ -246,7 +258,7 @@ def test_a_damaged_manifest_is_named(content: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name, value in NOUNS.items() if not isinstance(value, (str, bytes))])
 def test_unreadable_artifacts_are_named(name: str, tmp_path: Path) -> None:
     kind = type(NOUNS[name])
-    content = store.CODECS[kind][0](NOUNS[name])
+    content = store.to_bytes(NOUNS[name])
     damaged = [b"", b"[]", b"null", b"\xff\xfe", b"x" + content, b"7\n7\n", content[: len(content) // 2], content[:-3]]
     for part in damaged:
         (tmp_path / "thing").write_bytes(part)
@@ -258,7 +270,7 @@ def test_unreadable_artifacts_are_named(name: str, tmp_path: Path) -> None:
 
 
 def finding_with(**changes: Any) -> dict[str, Any]:
-    data = json.loads(store.CODECS[Finding][0](FINDING))
+    data = json.loads(store.to_bytes(FINDING))
     for key, value in changes.items():
         (data["rows"][0] if key in {f.name for f in fields(Row)} else data)[key] = value
     return data

@@ -11,8 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 CHUNK = 2048
-"""Tokens encoded at a time where every feature's activation is computed."""
+"""Tokens encoded at a time, at most, where every feature's activation is computed."""
+ACTIVATIONS = 2**24
+"""Activations computed at a time, at most: 64 MiB in float32, of which several are held together."""
 LAYER_NORM_EPSILON = 1e-5
+
+
+def at_once(size: int) -> int:
+    """How many tokens are encoded at a time by an SAE of `size` features."""
+    return max(1, min(CHUNK, ACTIVATIONS // size))
+
 
 Normalisation = Literal["none", "constant_norm_rescale", "layer_norm"]
 """What an SAE does to each token before it reads it, by SAELens's names."""
@@ -58,10 +66,10 @@ def among_largest(
 ) -> Float[Tensor, "*batch k"]:
     """Pre-activations of `features` at tokens where they are among the `active` largest of all, else 0.
 
-    A chunk of tokens at a time, so never more than CHUNK x d_sae numbers are in memory.
+    A chunk of tokens at a time, so never more than `ACTIVATIONS` numbers are in memory.
     """
     parts = []
-    for part in inputs.reshape(-1, inputs.shape[-1]).split(CHUNK):
+    for part in inputs.reshape(-1, inputs.shape[-1]).split(at_once(encoder.shape[1])):
         before = torch.addmm(bias, part, encoder)
         least = before.topk(active, sorted=False).values.amin(-1, keepdim=True)
         wanted = before[:, features]

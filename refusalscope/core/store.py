@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from refusalscope.core.types import (
 
 T = TypeVar("T")
 Codec = tuple[Callable[[Any], bytes], Callable[[bytes], Any]]
+Tensors = dict[str, Tensor]
 MANIFEST = "manifest.json"
 
 
@@ -61,7 +61,7 @@ class Store:
             entry is not None
             and entry["key"] == key
             and file.is_file()
-            and hashlib.sha256(file.read_bytes()).hexdigest() == entry["sha256"]
+            and _sha256(file) == entry["sha256"]
         )
 
     def get(self, path: str, key: str, kind: type[T], make: Callable[[], T]) -> T:
@@ -80,7 +80,7 @@ class Store:
 
     def put(self, path: str, key: str, value: Any) -> None:
         """Write `value` (a noun, bytes, text or plain JSON data) at `path`, then its key into the manifest."""
-        content = CODECS[type(value)][0](value)
+        content = to_bytes(value)
         write_atomically(self.root / path, content)
         entry = {"key": key, "sha256": hashlib.sha256(content).hexdigest()}
         manifest = {**self._manifest(), path: entry}
@@ -103,10 +103,13 @@ class Store:
                 (self.root / path).unlink(missing_ok=True)
 
     def read(self, path: str, kind: type[T]) -> T:
-        """Read an artifact. Raises ValueError naming the file when it is missing or does not parse as `kind`."""
+        """Read an artifact; tensors are mapped, so that what nobody looks at takes no memory.
+
+        Raises ValueError naming the file when it is missing or does not parse as `kind`.
+        """
         file = self.root / path
         try:
-            return CODECS[kind][1](file.read_bytes())
+            return MAPPED[kind](*_mapped(file)) if kind in MAPPED else CODECS[kind][1](file.read_bytes())
         except FileNotFoundError as error:
             raise ValueError(f"{file} is missing: is {self.root} a finished run?") from error
         except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -130,6 +133,11 @@ class Store:
         if not all(isinstance(entry, dict) and {"key", "sha256"} <= set(entry) for entry in entries.values()):
             raise ValueError(f"{file} is damaged: delete it, and every stage is made again")
         return entries
+
+
+def to_bytes(value: Any) -> bytes:
+    """An artifact as it is written."""
+    return write_tensors(value) if type(value) in MAPPED else CODECS[type(value)][0](value)
 
 
 def to_json(value: Any) -> bytes:
@@ -221,50 +229,48 @@ def _data(part: Any) -> Any:
     return part
 
 
-def _read_tensors(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    return load_tensors(content), json.loads(header["__metadata__"]["refusalscope"])
+def _mapped(file: Path) -> tuple[Tensors, dict[str, Any]]:
+    with safe_open(file, "pt") as stored:
+        names = stored.keys()
+        return {name: stored.get_tensor(name) for name in names}, json.loads(stored.metadata()["refusalscope"])
 
 
-def _read_direction(content: bytes) -> Direction:
-    tensors, rest = _read_tensors(content)
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _direction(tensors: Tensors, rest: dict[str, Any]) -> Direction:
     scores = tuple(LayerScores(**{name: _number(part) for name, part in row.items()}) for row in rest.pop("scores"))
     lists = {name: tuple(rest.pop(name)) for name in ("refusal_tokens", "caveats")}
     return Direction(scores=scores, **lists, **tensors, **rest)
 
 
-def _read_attribution(content: bytes) -> Attribution:
-    tensors, rest = _read_tensors(content)
+def _attribution(tensors: Tensors, rest: dict[str, Any]) -> Attribution:
     return Attribution(prompt_ids=tuple(rest["prompt_ids"]), dropped=tuple(rest["dropped"]), **tensors)
 
 
-def _read_trace(content: bytes) -> Trace:
-    tensors, rest = _read_tensors(content)
+def _trace(tensors: Tensors, rest: dict[str, Any]) -> Trace:
     end = tensors.pop("end", None)
     return Trace(prompt_ids=tuple(rest["prompt_ids"]), layers=tuple(rest["layers"]), end=end, **tensors)
 
 
-def _read_scores(content: bytes) -> Scores:
-    tensors, rest = _read_tensors(content)
+def _scores(tensors: Tensors, rest: dict[str, Any]) -> Scores:
     features = tuple(Feature(**row) for row in rest["features"])
     return Scores(rest["method"], tuple(rest["prompt_ids"]), features, tensors["values"])
 
 
-def _read_activity(content: bytes) -> Activity:
-    tensors, rest = _read_tensors(content)
+def _activity(tensors: Tensors, rest: dict[str, Any]) -> Activity:
     return Activity(tuple(rest["layers"]), tuple(rest["sizes"]), tensors["mean"], rest["tokens"])
 
 
-def _read_activations(content: bytes) -> Activations:
-    tensors, rest = _read_tensors(content)
+def _activations(tensors: Tensors, rest: dict[str, Any]) -> Activations:
     lists = {name: tuple(rest.pop(name)) for name in ("prompt_ids", "layers")}
     features = tuple(Feature(**row) for row in rest.pop("features"))
     return Activations(**{**lists, **rest, **tensors, "features": features})
 
 
-def _read_slice(content: bytes) -> SaeSlice:
-    tensors, rest = _read_tensors(content)
+def _slice(tensors: Tensors, rest: dict[str, Any]) -> SaeSlice:
     return SaeSlice(**{**rest, **tensors})
 
 
@@ -307,17 +313,20 @@ def _read_finding(content: bytes) -> Finding:
     return Finding(data["study"], data["question"], rows, tuple(data["caveats"]), data["provenance"])
 
 
+MAPPED: dict[type, Callable[[Tensors, dict[str, Any]], Any]] = {
+    Direction: _direction,
+    Attribution: _attribution,
+    Scores: _scores,
+    Activity: _activity,
+    Trace: _trace,
+    SaeSlice: _slice,
+    Activations: _activations,
+}
+"""What is tensors, and JSON under the one metadata key, in safetensors."""
 CODECS: dict[type, Codec] = {
     Prompts: (_write_prompts, _read_prompts),
     Responses: (_write_responses, _read_responses),
     Verdicts: (_write_verdicts, _read_verdicts),
-    Direction: (write_tensors, _read_direction),
-    Attribution: (write_tensors, _read_attribution),
-    Scores: (write_tensors, _read_scores),
-    Activity: (write_tensors, _read_activity),
-    Trace: (write_tensors, _read_trace),
-    SaeSlice: (write_tensors, _read_slice),
-    Activations: (write_tensors, _read_activations),
     FeatureSet: (_write_features, _read_features),
     Finding: (_write_finding, _read_finding),
     dict: (to_json, _read_object),

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from refusalscope.core.encoding import CHUNK
+from refusalscope.core.encoding import at_once
 from refusalscope.core.types import Prompts, Response
 from refusalscope.evals.capability import DOCUMENT_TOKENS
 from refusalscope.evals.likelihood import answer_batches, cross_entropies, scorable
@@ -73,6 +73,15 @@ class Spliced(NamedTuple):
     cross_entropy: list[float]
 
 
+class Kept(NamedTuple):
+    """What an SAE keeps of residuals."""
+
+    variance_explained: float
+    """About the token mean; at most 1, below 0 where the mean alone would be nearer."""
+    l0: float
+    """Active features per token."""
+
+
 class Cosine(NamedTuple):
     """The direction in an SAE's reconstructions against the direction itself."""
 
@@ -127,12 +136,19 @@ def splice(model: ChatModel, texts: Texts, sae: LayerSae) -> Spliced:
     """Reconstruction and cross-entropy with `sae` in the residual's place."""
 
     def reconstruct(residual: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [_reconstructed(sae, part) for part in residual.split(CHUNK)]
+        parts = [_reconstructed(sae, part) for part in residual.split(at_once(sae.size))]
         return torch.cat([new for new, _ in parts]), torch.cat([figures for _, figures in parts])
 
     found, figures = _replacing(model, texts, sae.layer, reconstruct)
     error, active = figures.T.tolist()
     return Spliced(error, active, found.tolist())
+
+
+def kept(sae: LayerSae, residual: Float[Tensor, "token d_model"]) -> Kept:
+    """What `sae` keeps of float32 residuals, without putting anything in their place."""
+    figures = torch.cat([_reconstructed(sae, part)[1] for part in residual.split(at_once(sae.size))]).double()
+    spread = (residual - residual.mean(0)).double().square().sum()
+    return Kept(float(1 - figures[:, 0].sum() / spread), float(figures[:, 1].mean()))
 
 
 def replaced(kind: Kind, roles: Int[Tensor, "text position"]) -> Bool[Tensor, "text position"]:

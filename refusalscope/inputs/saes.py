@@ -1,12 +1,14 @@
-"""Sparse autoencoders on the residual stream, one layer in memory at a time.
+"""Sparse autoencoders on the residual stream: one on the device, and at most the next one being read on the host.
 
 SAELens reads the weights and encodes; everything an edit or an attribution needs (encoding, decoding, K-feature slices)
 is offered here in residual units (`core/encoding.py`), whatever the family. Knows nothing of the model but its width.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusalscope.core.encoding import CHUNK, Normalisation, normalise
+from refusalscope.core.encoding import Normalisation, at_once, normalise
 from refusalscope.core.types import SaeSlice
 from refusalscope.inputs.releases import SaeSource, open_folder
 
@@ -33,6 +35,10 @@ class LayerSae:
     def __init__(self, layer: int, sae: Any) -> None:
         self.layer = layer
         self.sae = sae.eval().requires_grad_(False)
+
+    def let_go(self) -> None:
+        """Free its memory, whoever still holds it: it cannot be used afterwards."""
+        del self.sae
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +90,7 @@ class LayerSae:
 
     def reconstruct(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """What the SAE makes of its input, a chunk of tokens at a time."""
-        parts = residual.reshape(-1, residual.shape[-1]).split(CHUNK)
+        parts = residual.reshape(-1, residual.shape[-1]).split(at_once(self.size))
         return torch.cat([self.decode(self.encode(part), part) for part in parts]).view(residual.shape)
 
     def slice(self, features: Sequence[int]) -> SaeSlice:
@@ -116,27 +122,39 @@ class LayerSae:
 
 
 class SaeBank:
-    """Which layers have an SAE and how to load it. Only the layer last asked for stays in memory."""
+    """Which layers have an SAE and how to load it. Only the layer last asked for stays in memory.
 
-    def __init__(self, loaders: Mapping[int, Callable[[], Any]], *, identity: str) -> None:
+    Loaders read onto the device they are given.
+    """
+
+    def __init__(
+        self,
+        loaders: Mapping[int, Callable[[str], Any]],
+        *,
+        identity: str,
+        device: str = "cpu",
+        read_ahead: bool = True,
+    ) -> None:
         if not loaders:
             raise ValueError("no layer has an SAE")
         self.layers = tuple(sorted(loaders))
         self.identity = identity
+        self.read_ahead = read_ahead
+        """Whether `each` reads the next SAE while one is in use; it needs the host's memory for one more."""
         self._loaders = loaders
+        self._device = device
         self._open: LayerSae | None = None
 
     @classmethod
     def from_folders(cls, folders: Mapping[int, Path], *, identity: str, device: str = "cpu") -> "SaeBank":
         """A bank of SAELens folders (`cfg.json`, `sae_weights.safetensors`) by layer."""
-        loaders = {layer: partial(open_folder, folder, device) for layer, folder in folders.items()}
-        return cls(loaders, identity=identity)
+        loaders = {layer: partial(open_folder, folder) for layer, folder in folders.items()}
+        return cls(loaders, identity=identity, device=device)
 
     @classmethod
-    def from_source(cls, source: SaeSource, *, device: str = "cpu") -> "SaeBank":
+    def from_source(cls, source: SaeSource, *, device: str = "cpu", read_ahead: bool = True) -> "SaeBank":
         """A bank of a release, a repository or folders (see `releases`)."""
-        loaders = {layer: partial(load, device) for layer, load in source.loaders.items()}
-        return cls(loaders, identity=source.identity)
+        return cls(source.loaders, identity=source.identity, device=device, read_ahead=read_ahead)
 
     def layer(self, layer: int) -> LayerSae:
         """The SAE of `layer`; the one asked for before is let go first."""
@@ -144,8 +162,32 @@ class SaeBank:
             raise ValueError(f"layer {layer} has no SAE: SAEs exist for layers {list(self.layers)}")
         if self._open is None or self._open.layer != layer:
             self._open = None
-            self._open = LayerSae(layer, _prepared(self._loaders[layer](), layer))
+            self._open = LayerSae(layer, self._read(layer, self._device))
         return self._open
+
+    def each(self, layers: Iterable[int] | None = None) -> Iterator[LayerSae]:
+        """The SAEs of `layers` in turn (of all if None), each usable until the next one is asked for.
+
+        While one is used the next is read on the host, so that the device does not wait for the disk.
+        """
+        wanted = self.layers if layers is None else tuple(layers)
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            for layer, following in zip_longest(wanted, wanted[1:]):
+                sae = self.layer(layer)
+                if following is None or following == layer:
+                    yield sae
+                    continue
+                coming = reader.submit(self._read, following, "cpu") if self.read_ahead else None
+                yield sae
+                self._open = None
+                sae.let_go()
+                # What could not be read ahead is tried again in its turn: by then there is more memory, or it is told.
+                if coming is not None and coming.exception() is None:
+                    self._open = LayerSae(following, coming.result().to(self._device))
+                coming = None
+
+    def _read(self, layer: int, device: str) -> Any:
+        return _prepared(self._loaders[layer](device), layer)
 
     def let_go(self) -> None:
         """Free the memory of the SAE that is open, for one of another bank."""
@@ -162,7 +204,7 @@ class SaeBank:
 
     def slices(self, features: Mapping[int, Sequence[int]]) -> dict[int, SaeSlice]:
         """Layer -> slice, opening one layer after the other."""
-        return {layer: self.layer(layer).slice(indices) for layer, indices in sorted(features.items())}
+        return {sae.layer: sae.slice(features[sae.layer]) for sae in self.each(sorted(features))}
 
 
 def _prepared(sae: Any, layer: int) -> Any:

@@ -119,10 +119,9 @@ def attribute(
         traces.append(trace(model, tokens, direction, layers=layers, scheme=scheme or sound()))
     check_flipped(traces)
     entries = []
-    for column, layer in enumerate(layers):
-        progress("attribution: features", column, len(layers))
-        sae = saes.layer(layer)
-        entries += layer_entries(sae, traces, None if candidates is None else candidates[layer])
+    for done, sae in enumerate(saes.each(layers)):
+        progress("attribution: features", done, len(layers))
+        entries += layer_entries(sae, traces, None if candidates is None else candidates[sae.layer])
     return assemble(traces, entries)
 
 

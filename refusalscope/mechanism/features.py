@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from refusalscope.core.encoding import CHUNK
+from refusalscope.core.encoding import at_once
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.scores import Attribution, Scores, Trace
 from refusalscope.core.types import Direction, Feature, FeatureSet, Prompts, SaeSlice, ordered_features
@@ -83,21 +83,32 @@ def traced_residuals(traces: Sequence[Trace], *, where: Where = scored) -> Resid
     masks = [where(part.roles) for part in traces]
     starts = np.cumsum([0, *(len(part.prompt_ids) for part in traces)]).tolist()
     owners = [mask.nonzero(as_tuple=True)[0] + start for mask, start in zip(masks, starts, strict=False)]
-    layers = traces[0].layers if traces else ()
-    return Residuals(
-        tuple(name for part in traces for name in part.prompt_ids),
-        torch.cat(owners),
-        {
-            layer: torch.cat([part.clean[row][mask] for part, mask in zip(traces, masks, strict=True)])
-            for row, layer in enumerate(layers)
-        },
-    )
+    ids = tuple(name for part in traces for name in part.prompt_ids)
+    return Residuals(ids, torch.cat(owners), _Traced(traces, masks))
+
+
+class _Traced(Mapping[int, Tensor]):
+    """The clean residuals of traces by layer, put together when a layer is asked for: all of them would not fit."""
+
+    def __init__(self, traces: Sequence[Trace], masks: Sequence[Tensor]) -> None:
+        self._traces = traces
+        self._masks = masks
+
+    def __getitem__(self, layer: int) -> Tensor:
+        pairs = zip(self._traces, self._masks, strict=True)
+        return torch.cat([part.clean[part.layers.index(layer)][mask] for part, mask in pairs])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._traces[0].layers if self._traces else ())
+
+    def __len__(self) -> int:
+        return len(self._traces[0].layers) if self._traces else 0
 
 
 def survey(sae: LayerSae, harmful: Residuals, direction: Direction, *, keep: int) -> LayerSurvey:
     """Cosine and mean activation of every feature; the `keep` best by cosine are the layer's candidates."""
     total = torch.zeros(sae.size, dtype=torch.float64)
-    for _, part in _chunks(harmful, sae.layer):
+    for _, part in _chunks(harmful, sae.layer, sae.size):
         total += sae.encode(part).double().sum(0).cpu()
     mean = (total / max(1, len(harmful.prompt))).float()
     return LayerSurvey(sae.layer, by_cosine(sae, direction, keep), mean)
@@ -111,16 +122,17 @@ def highest(
     In residual units, unless `encode` reads activations otherwise.
     """
     best = torch.zeros(len(residuals.prompt_ids), len(sae.features) if isinstance(sae, SaeSlice) else sae.size)
-    for owners, part in _chunks(residuals, sae.layer):
+    for owners, part in _chunks(residuals, sae.layer, best.shape[1]):
         active = (encode or sae.encode)(part)
         for prompt in owners.unique().tolist():
             best[prompt] = torch.maximum(best[prompt], active[owners == prompt].amax(0).cpu())
     return best
 
 
-def _chunks(residuals: Residuals, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(residuals: Residuals, layer: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Which prompts a chunk of tokens belongs to, and its residuals: encoded whole, a data set would not fit."""
-    yield from zip(residuals.prompt.split(CHUNK), residuals.layers[layer].split(CHUNK), strict=True)
+    tokens = at_once(size)
+    yield from zip(residuals.prompt.split(tokens), residuals.layers[layer].split(tokens), strict=True)
 
 
 def by_cosine(sae: LayerSae, direction: Direction, k: int) -> FeatureSet:
@@ -179,7 +191,7 @@ def layer_scores(
         owners = inside.nonzero(as_tuple=True)[0]
         clean, patched, slope = (at_layer(batch, name, sae)[inside] for name in ("clean", "patched", "gradient"))
         total = torch.zeros(len(inside), sae.size)
-        for part in torch.arange(len(owners)).split(CHUNK):
+        for part in torch.arange(len(owners)).split(at_once(sae.size)):
             delta = sae.encode(patched[part]) - sae.encode(clean[part])
             total.index_add_(0, owners[part], (delta * (slope[part] @ sae.decoder.T)).cpu())
         rows.append((total / (inside.sum(1)[:, None] if over is None else over))[batch.flipped])

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from refusalscope.core.encoding import CHUNK
+from refusalscope.core.encoding import at_once
 from refusalscope.core.scores import Attribution, Trace
 from refusalscope.core.types import SaeSlice
 from refusalscope.inputs.chat import scored
@@ -55,7 +55,7 @@ def _moves(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token, column and attribution of every activation that moved, on the CPU; a chunk of tokens at a time."""
     found = []
-    for inside in torch.arange(len(clean)).split(CHUNK):
+    for inside in torch.arange(len(clean)).split(at_once(len(part.decoder))):
         delta = part.encode(patched[inside]) - part.encode(clean[inside])
         token, column = delta.nonzero(as_tuple=True)
         value = (delta * (slope[inside] @ part.decoder.T))[token, column]
@@ -85,7 +85,7 @@ def layer_totals(sae: LayerSae, traces: Sequence[Trace]) -> LayerTotals:
         decoded = torch.cat(
             [
                 (sae.encode(patched[part]) - sae.encode(clean[part])) @ sae.decoder
-                for part in torch.arange(len(clean)).split(CHUNK)
+                for part in torch.arange(len(clean)).split(at_once(sae.size))
             ]
         )
         prompt = inside.nonzero(as_tuple=True)[0]

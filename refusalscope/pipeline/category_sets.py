@@ -173,8 +173,7 @@ def _make_fit(job: Job, fitted: Fitted, refused: Prompts) -> _Fit:
     found = _direction(job, fitted, refused, size=size)
     traces = make_traces(job, replace(fitted, direction=found), refused, attribution.sound(), size=size)
     residuals, surveys, entries = features.traced_residuals(traces), [], []
-    for layer in job.saes.layers:
-        sae = job.saes.layer(layer)
+    for sae in job.saes.each():
         surveys.append(features.survey(sae, residuals, found, keep=features.PER_LAYER))
         entries += layer_entries(sae, traces, sorted(feature.index for feature in surveys[-1].candidates.features))
     means = [survey.activation for survey in surveys]

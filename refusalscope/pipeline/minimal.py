@@ -103,16 +103,15 @@ def _read(job: Job, fitted: Fitted, rows: Prompts, key: str) -> None:
     traces = make_traces(job, fitted, rows, attribution.sound(), size=job.size("features"))
     attribution.check_flipped(traces)
     residuals, entries, means, promoted = features.traced_residuals(traces), [], [], {}
-    for layer in job.saes.layers:
-        sae = job.saes.layer(layer)
+    for sae in job.saes.each():
         survey = features.survey(sae, residuals, fitted.direction, keep=features.PER_LAYER)
         listed = sorted(feature.index for feature in survey.candidates.features)
         entries += layer_entries(sae, traces, listed)
         means.append(survey.activation)
         part = sae.slice(listed)
         texts = job.model.promoted(part.decoder, 8)
-        promoted |= {str(Feature(layer, index)): text for index, text in zip(listed, texts, strict=True)}
-        job.store.put(f"{FOLDER}/candidates/layer_{layer}.safetensors", key, part)
+        promoted |= {str(Feature(sae.layer, index)): text for index, text in zip(listed, texts, strict=True)}
+        job.store.put(f"{FOLDER}/candidates/layer_{sae.layer}.safetensors", key, part)
     activity = Activity(job.saes.layers, tuple(map(len, means)), torch.cat(means), len(residuals.prompt))
     job.store.put(f"{FOLDER}/promoted.json", key, promoted)
     job.store.put(f"{FOLDER}/activity.safetensors", key, activity)

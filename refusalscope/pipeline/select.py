@@ -136,15 +136,14 @@ def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Tra
     highest: list[tuple[Scores, Scores]] = []
     totals: list[LayerTotals] = []
     notes: dict[str, list[int]] = {}
-    for done, layer in enumerate(job.saes.layers):
+    for done, sae in enumerate(job.saes.each()):
         job.progress("features: reading SAEs", done, len(job.saes.layers))
-        sae = job.saes.layer(layer)
         surveys.append(features.survey(sae, harmful, fitted.direction, keep=max(features.PER_LAYER, most)))
-        listed = features.candidates(surveys[-1:])[layer]
+        listed = features.candidates(surveys[-1:])[sae.layer]
         entries += layer_entries(sae, traces, listed)
         totals.append(layer_totals(sae, traces))
         if sae.note:
-            notes.setdefault(sae.note, []).append(layer)
+            notes.setdefault(sae.note, []).append(sae.layer)
         if slope_traces:
             slopes += layer_entries(sae, slope_traces, listed)
         if "attribution" in wanted:

@@ -204,8 +204,7 @@ def _own_sets(job: Job, fitted: Fitted, goals: Prompts) -> dict[str, frozenset[F
             return {}
         traces = make_traces(job, fitted, batch, attribution.sound(), size=len(batch))
         entries = []
-        for layer in job.saes.layers:
-            sae = job.saes.layer(layer)
+        for sae in job.saes.each():
             listed = features.by_cosine(sae, fitted.direction, features.PER_LAYER)
             entries += layer_entries(sae, traces, sorted(feature.index for feature in listed.features))
         own = features.per_prompt(features.prompt_scores(assemble(traces, entries)), job.options.k)

@@ -101,8 +101,7 @@ class _Moves:
 def _candidates(job: Job, fitted: Fitted) -> list[SaeSlice]:
     """Slices of each layer's K0 candidates."""
     slices = []
-    for layer in job.saes.layers:
-        sae = job.saes.layer(layer)
+    for sae in job.saes.each():
         slices.append(
             sae.slice(sorted(f.index for f in features.by_cosine(sae, fitted.direction, features.PER_LAYER).features))
         )
@@ -145,12 +144,12 @@ def _affordable(job: Job) -> list[int]:
 def _complete(job: Job, traces: Sequence[Trace]) -> dict[int, list[float]]:
     """Per layer and prompt: |features + error - effect of swapping that layer alone| over the metric's gap."""
     shares: dict[int, list[float]] = {}
-    for done, layer in enumerate(job.saes.layers):
+    for done, sae in enumerate(job.saes.each()):
         job.progress("verify: completeness", done, len(job.saes.layers))
-        totals = reading.layer_totals(job.saes.layer(layer), traces)
-        swaps = torch.cat([effects.swap_layer(job.model, part, layer) for part in traces])
+        totals = reading.layer_totals(sae, traces)
+        swaps = torch.cat([effects.swap_layer(job.model, part, sae.layer) for part in traces])
         gap = torch.cat([part.metric_patched - part.metric_clean for part in traces])
-        shares[layer] = ((totals.features + totals.error - swaps) / gap).abs().tolist()
+        shares[sae.layer] = ((totals.features + totals.error - swaps) / gap).abs().tolist()
     return shares
 
 
