@@ -21,7 +21,8 @@ settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the session a hub cache of its own: huggingface_hub reads where it lies when it is first imported."""
+    """Give the session caches of its own: huggingface_hub reads where its cache lies when it is first imported."""
     home = TemporaryDirectory(prefix="hub-")
     config.add_cleanup(home.cleanup)
     os.environ |= {"HF_HOME": home.name, "HF_HUB_CACHE": f"{home.name}/hub"}
+    os.environ["REFUSALSCOPE_CACHE"] = f"{home.name}/refusalscope"

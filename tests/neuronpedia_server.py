@@ -65,7 +65,7 @@ def neuronpedia(
     features: Mapping[str, Any] | None = None, script: Script = lambda _path, _before: None
 ) -> Iterator[Neuronpedia]:
     """A server that follows `script`, and where that is None, tells what it knows of `features`."""
-    site = Neuronpedia(features or {}, script)
+    site = Neuronpedia({} if features is None else features, script)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

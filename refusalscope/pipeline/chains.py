@@ -8,6 +8,7 @@ from refusalscope.pipeline import (
     categories,
     category_sets,
     explain,
+    feature_labels,
     fit,
     graph,
     health,
@@ -27,12 +28,13 @@ from refusalscope.pipeline.options import Options
 
 
 def _reported(job: Job, fitted: Fitted, *done: str) -> str:
-    """Describe what the run folder now holds and write its page; the page's path.
+    """Describe what the run folder now holds, look up its features' labels and write its page; the page's path.
 
     Studies that are done are no longer left out.
     """
     whole.keep_reasons(job.store, dict.fromkeys(done))
     measure.describe_run(job, fitted, whole.left_out(job.store))
+    feature_labels.keep_labels(job)
     return measure.write_report(job.store)
 
 

@@ -26,6 +26,7 @@ from refusalscope.report import (
     health,
     jailbreaks,
     judging,
+    labels,
     minimal,
     probes,
     prompts,
@@ -64,20 +65,20 @@ def write(store: Store, figures: Drawn | None = None) -> str:
     asked = {rows.name: rows for rows in (store.read(p, Prompts) for p in store.paths("prompts", ".jsonl"))}
     responses = [store.read(path, Responses) for path in store.paths("responses", ".jsonl")]
     hide = hidden_folders([about["options"], [finding.provenance.get("judges", {}) for finding in findings]])
-    labels = {name: rows[0].label for name, rows in asked.items() if len(rows)}
+    kinds = {name: rows[0].label for name, rows in asked.items() if len(rows)}
     table_of_features = feature_table(store)
     notes = [*about["notices"], *(note for finding in findings for note in finding.caveats), *direction.caveats]
     return (
-        environment()
+        environment(labels.read(store))
         .get_template("page.html.j2")
         .render(
             about=hide(about),
             question=findings[0].question,
             benchmarked=benchmarked,
-            answer=answer(benchmark, labels) if benchmarked else (),
+            answer=answer(benchmark, kinds) if benchmarked else (),
             paragraphs=summary.paragraphs(
                 {finding.study: finding for finding in findings},
-                labels,
+                kinds,
                 direction,
                 table_of_features or (),
             ),
@@ -96,7 +97,7 @@ def write(store: Store, figures: Drawn | None = None) -> str:
             **judging.section(findings, hide),
             **swept(findings),
             **minimal.section(findings, store),
-            **graphed(findings, figures),
+            **graphed(findings, figures, store),
             **jailbreaks.section(findings, store),
             **suffixes.section(found, store),
             **categories.section(store, found.get("categories")),
@@ -146,13 +147,14 @@ def swept(findings: Iterable[Finding]) -> dict[str, Any]:
     )
 
 
-def graphed(findings: Iterable[Finding], figures: Drawn) -> dict[str, Any]:
+def graphed(findings: Iterable[Finding], figures: Drawn, store: Store) -> dict[str, Any]:
     """What drives what, in words, tables and the graph itself; empty where the run has none."""
     made = next((finding for finding in findings if finding.study == "graph"), None)
     if made is None:
         return {}
     found = figures.get(GRAPH, {})
-    return {"driving": graph.sentences(made), "graph_tables": graph.tables(made), "network": found}
+    nodes = store.read(GRAPH, dict)["nodes"] if GRAPH in store.paths("graph", ".json") else []
+    return {"driving": graph.sentences(made), "graph_tables": graph.tables(made), "network": found, "nodes": nodes}
 
 
 def close_up(store: Store) -> dict[str, Any]:
@@ -168,8 +170,11 @@ def close_up(store: Store) -> dict[str, Any]:
     }
 
 
-def environment() -> Environment:
-    """Jinja with escaping always on, an error for every name that is missing, and the filters of this folder."""
+def environment(known: labels.Labels) -> Environment:
+    """Jinja with escaping always on, an error for every name that is missing, and the filters of this folder.
+
+    Labels are known to every template, the macros included.
+    """
     made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -187,6 +192,7 @@ def environment() -> Environment:
         "covered": drawing.COVERED,
         "percent": PERCENT,
         "costs": tuple(COSTS),
+        "labels": known,
     }
     return made
 
