@@ -25,10 +25,10 @@ from tests.sample_run import ATTACK, add_close_up, benchmark_rows, health_rows, 
 from tests.test_report import Tree
 from tests.test_run import invoke
 
-SMALL: dict[str, Any] = {"model": "testbed", "limit": 3, "k": 3, "max_new_tokens": 2, "best_layer": 6, "batch_size": 64}
-SMALL |= {"methods": ("cosine",)}
-WORDS = [*("--limit", "3", "--k", "3", "--max-new-tokens", "2", "--best-layer", "6", "--batch-size", "64")]
-WORDS += ["--method", "cosine"]
+SMALL: dict[str, Any] = {"model": "testbed", "limit": 3, "max_new_tokens": 2, "best_layer": 6, "batch_size": 64}
+SMALL |= {"methods": ("cosine",), "k": 4, "layers": (6,), "sizes": (4,), "factors": (0.0,)}
+WORDS = [*("--limit", "3", "--max-new-tokens", "2", "--best-layer", "6", "--batch-size", "64")]
+WORDS += ["--method", "cosine", "--k", "4", "--layers", "6", "--sizes", "4", "--factor", "0"]
 """The same options on the command line."""
 QUICK = asking.Limits(pause=0.0)
 LINK = re.compile(r'<a href="(https://www\.neuronpedia\.org/[^"]*)" rel="noopener noreferrer">')
@@ -79,7 +79,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Neuronpedia]:
 
 def command(folder: Path, saes: str) -> str:
     """The page after a command, always the same one."""
-    words = ("minimal", "testbed", "--saes", saes, "--name", folder.name, "--runs", str(folder.parent), *WORDS)
+    words = ("sweep", "testbed", "--saes", saes, "--name", folder.name, "--runs", str(folder.parent), *WORDS)
     code, _, err = invoke(*words)
     assert (code, err) == (0, "")
     return (folder / "report.html").read_text()
@@ -98,11 +98,11 @@ def held(folder: Path, saes: str, limits: asking.Limits = QUICK, *, wanted: bool
 def test_a_run_without_a_network_says_so_once(made: Path) -> None:
     html = (made / "report.html").read_text()
     found = Store(made).read(labels.FILE, dict)
-    assert len(found["features"]) >= 3
+    assert len(found["features"]) == 4
     assert {row["label"] for row in found["features"]} == {None}
     count = len(found["features"])
     assert html.count(f"{count} of {count} features have no label: {asking.OFFLINE}.") == 1
-    assert html.count('<td class="said-of">no label</td>') == 3
+    assert html.count('<td class="said-of">no label</td>') == 4
 
 
 def test_labels_come_with_a_later_command_and_stay(folder: Path, saes: str, site: Neuronpedia) -> None:
@@ -134,7 +134,7 @@ def test_without_labels_none_are_asked_for(folder: Path, saes: str, site: Neuron
     assert {row["label"] for row in found["features"]} == {None}
 
 
-@pytest.mark.parametrize("said", [Said(never=True), Said(drips=True), Said(500), Said(429), Said(200, b"<html>")])
+@pytest.mark.parametrize("said", [Said(never=True), Said(500), Said(429)])
 def test_whatever_the_server_does_the_page_says_why_and_the_next_command_asks_again(
     said: Said, folder: Path, saes: str, site: Neuronpedia
 ) -> None:
@@ -221,7 +221,6 @@ def test_labels_stand_wherever_a_feature_is_named(tmp_path: Path) -> None:
     assert f'<a href="{asking.SITE}/tiny-model/1-tiny-res/9" rel="noopener noreferrer">' in entry
     assert "<dt>Label</dt><dd>no label" in other
     assert f"“{words}" in view
-    assert page.write(store) == html
 
 
 @pytest.mark.parametrize(
