@@ -102,7 +102,7 @@ def test_a_run_without_a_network_says_so_once(made: Path) -> None:
     assert {row["label"] for row in found["features"]} == {None}
     count = len(found["features"])
     assert html.count(f"{count} of {count} features have no label: {asking.OFFLINE}.") == 1
-    assert html.count('<td class="said-of">no label</td>') == 4
+    assert html.count('<small class="label">no label</small></th>') == 4
 
 
 def test_labels_come_with_a_later_command_and_stay(folder: Path, saes: str, site: Neuronpedia) -> None:
@@ -157,7 +157,7 @@ def test_the_testbed_has_no_labels_and_one_line_about_it(folder: Path, site: Neu
     store = Store(folder)
     store.put(labels.FILE, "", feature_labels.described({}, [], asking.Found({}, "")))
     html = page.write(store)
-    assert "said-of" not in html[html.index("</style>") :]
+    assert 'class="label"' not in html[html.index("</style>") :]
     assert html.count("Neuronpedia") == 1
 
 
@@ -216,7 +216,7 @@ def test_labels_stand_wherever_a_feature_is_named(tmp_path: Path) -> None:
     entry = html[html.index('id="feature-1-9"') : html.index('id="feature-1-10"')]
     other = html[html.index('id="feature-1-10"') : html.index('id="feature-1-11"')]
     view = html[html.index('id="why-0"') : html.index('id="why-1"')]
-    assert f'<td class="said-of">{words}' in table
+    assert f'<small class="label">{words}' in table
     assert words in entry
     assert f'<a href="{asking.SITE}/tiny-model/1-tiny-res/9" rel="noopener noreferrer">' in entry
     assert "<dt>Label</dt><dd>no label" in other

@@ -26,7 +26,7 @@ class Labels:
 
     @property
     def shown(self) -> bool:
-        """Whether tables have a column for labels: Neuronpedia shows these SAEs."""
+        """Whether tables say of every feature what it is called: Neuronpedia shows these SAEs."""
         return bool(self.pages)
 
     def of(self, name: str) -> str:
@@ -66,8 +66,8 @@ def _labels(data: Mapping[str, Any]) -> Labels:
 
 def _source(models: str) -> str:
     return (
-        f"Labels are from Neuronpedia: written there by others, mostly by a language model, about where these SAEs’ "
-        f"features fire in its {models}, not about this run. They are hints, not findings."
+        f"Labels are from Neuronpedia: written by others, mostly by a language model, about where these features fire "
+        f"in {models} on texts collected there, not about this run. They are hints, not findings."
     )
 
 
