@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -24,11 +25,16 @@ Prepare = Callable[[], None]
 
 
 class Ended(NamedTuple):
-    """How a process ended and what it had said."""
+    """How a process ended and what it had said, its plan of memory aside."""
 
     code: int
     out: str
     err: str
+
+
+def without_plan(said: str) -> str:
+    """What a command said on standard error beside the plan that a new run begins with."""
+    return re.sub(r"\Amemory for .+\n(  .+\n)+", "", said)
 
 
 class Running:
@@ -56,7 +62,7 @@ class Running:
         self.process.join(1800)
         assert self.process.exitcode is not None, "the process hangs"
         out, err = (file.read_text() for file in self.said)
-        return Ended(self.process.exitcode, out, err)
+        return Ended(self.process.exitcode, out, without_plan(err))
 
 
 def run(words: list[str], folder: Path, prepare: Prepare | None = None) -> Ended:

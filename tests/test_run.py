@@ -12,6 +12,7 @@ from refusalscope.cli import app
 from refusalscope.core.store import Store
 from refusalscope.core.types import FeatureSet, Finding, Prompts, Responses
 from refusalscope.testbed import grammar, shipped
+from tests.processes import without_plan
 
 SMALL = ["--study", "none", "--limit", "8", "--factor", "-1", "--factor", "0", "--max-new-tokens", "40"]
 
@@ -193,7 +194,7 @@ def test_without_another_source_too_few_prompts_end_the_run(tmp_path: Path) -> N
     arguments = ["run", str(model), "--saes", saes, "--prompts", str(data), "--runs", str(tmp_path / "runs")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
-    assert result.stderr.count("\n") == 1
+    assert without_plan(result.stderr).count("\n") == 1
     assert "of the 60 harmful train prompts" in result.stderr or "of 60 harmful train prompts" in result.stderr
     assert not (tmp_path / "runs").exists()
 

@@ -57,12 +57,7 @@ class Store:
         """Whether `path` was made under `key` and still has the bytes it was written with."""
         entry = self._manifest().get(path)
         file = self.root / path
-        return (
-            entry is not None
-            and entry["key"] == key
-            and file.is_file()
-            and _sha256(file) == entry["sha256"]
-        )
+        return entry is not None and entry["key"] == key and file.is_file() and _sha256(file) == entry["sha256"]
 
     def get(self, path: str, key: str, kind: type[T], make: Callable[[], T]) -> T:
         """The artifact at `path`: read where it stands under `key`, otherwise made, written and returned."""

@@ -106,15 +106,22 @@ class ChatModel:
         offload_folder: str | Path | None = None,
         style: ChatStyle | None = None,
         trust_remote_code: bool = False,
+        tokenizer: Any = None,
     ) -> "ChatModel":
         """Load from a folder or a hub name, at `revision`; what the rest means says `Placement`.
+
+        `tokenizer` is the checkpoint's own, for whoever has it already.
 
         Raises ValueError with one line when there is no such model, it is not a causal language model, or what was
         asked for is not installed or not there.
         """
         placement = Placement(device, dtype, quantize, device_map, offload_folder)
         model, tokenizer = loading.load(
-            source, name=name, revision=revision, placement=placement, trust_remote_code=trust_remote_code
+            *(source, tokenizer),
+            name=name,
+            revision=revision,
+            placement=placement,
+            trust_remote_code=trust_remote_code,
         )
         return cls(model, tokenizer, name=name, identity=identity, style=style)
 
@@ -136,12 +143,7 @@ class ChatModel:
 
     def longer(self, prompts: Prompts, limit: int) -> list[str]:
         """Ids of the prompts that are more than `limit` tokens once the template is around them, in either mode."""
-        modes: set[Thinking] = {"off", self.template.style.thinking}
-        return [
-            prompt.id
-            for prompt in prompts
-            if any(len(self.template.encode(prompt.text, thinking=mode).ids) > limit for mode in modes)
-        ]
+        return [prompt.id for prompt in prompts if self.template.length(prompt.text) > limit]
 
     def tokens(self, prompts: Prompts, responses: Mapping[str, Response] | None = None) -> Tokens:
         """Render and left-pad `prompts`; with `responses` (by prompt id) each is followed by its answer.

@@ -43,14 +43,23 @@ class Loaded(NamedTuple):
 
 
 def load(
-    source: str | Path, *, name: str, revision: str | None, placement: Placement, trust_remote_code: bool
+    source: str | Path,
+    tokenizer: Any = None,
+    *,
+    name: str,
+    revision: str | None,
+    placement: Placement,
+    trust_remote_code: bool,
 ) -> Loaded:
-    """Load from a folder or a hub name at a commit. Raises ValueError with one line when that cannot be done."""
+    """Load from a folder or a hub name at a commit; the tokenizer too, unless it is given.
+
+    Raises ValueError with one line when that cannot be done.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where, settings = _where(revision, trust_remote_code), _settings(placement)
     with _one_line(name, source, revision):
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where) if tokenizer is None else tokenizer
         model = AutoModelForCausalLM.from_pretrained(source, **where, **settings)
     if "device_map" not in settings:
         model.to(device=choose_device(placement.device))  # type: ignore[reportCallIssue]
@@ -75,10 +84,19 @@ def describe(source: str | Path, *, name: str, revision: str | None, trust_remot
         return Described(config, AutoTokenizer.from_pretrained(source, **where))
 
 
+class Skeleton(NamedTuple):
+    """A model without weights."""
+
+    model: Any
+    """On the meta device, of the type it would be loaded as."""
+    stored: torch.dtype
+    """The type of the weights in the checkpoint."""
+
+
 def skeleton(
     source: str | Path, *, name: str, revision: str | None, placement: Placement, trust_remote_code: bool
-) -> Any:
-    """The model without weights, on the meta device, of the type it would be loaded as.
+) -> Skeleton:
+    """What is known of a model before its weights are read.
 
     Raises ValueError with one line when its configuration cannot be read.
     """
@@ -90,7 +108,8 @@ def skeleton(
         config = AutoConfig.from_pretrained(source, **where)
         own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
         kind = own if dtype == "auto" else dtype
-        return AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
+        return Skeleton(model, own)
 
 
 def _where(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
@@ -126,13 +145,16 @@ def why(
     asked = None if revision is None else hub.Asked(str(source), revision)
     folder = Path(source) if asked is None else hub.cached(asked)
     missing = damaged.lacking(folder) if folder else ""
-    if asked and (line := hub.explained(error, asked, lacking=missing)):
-        return line
-    if folder is None:
-        return None
+    if missing and asked:
+        return hub.absent(asked, error, missing)
     if missing:
         return f"{missing} is missing from {folder}, whose index of weights names it: copy or download it"
-    return damaged.described(folder)
+    if asked and (line := hub.explained(error, asked)):
+        return line
+    if asked and "does not appear to have a file" in str(error) and (line := hub.unreached(asked)):
+        # That is what transformers says too where the hub could not be asked.
+        return line
+    return None if folder is None else damaged.described(folder)
 
 
 def choose_device(device: str) -> str:

@@ -146,6 +146,11 @@ class ChatTemplate:
             encoded = self._encode_whole(rendered, len(header), len(header) + len(instruction))
         return self._with_one_bos(encoded)
 
+    def length(self, text: str) -> int:
+        """Tokens of the prompt that asks `text`, in the longer of the ways it is asked: with reasoning, or without."""
+        modes: set[Thinking] = {"off", self.style.thinking}
+        return max(len(self.encode(text, thinking=mode).ids) for mode in modes)
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of text outside any chat, special tokens in it taken as plain; after BOS where chats open with it."""
         return [*self.opening, *self._ids(text, plain=True)]

@@ -118,9 +118,10 @@ def last_logits(
 
 def first_tokens(model: ChatModel, prompts: Prompts, *, batch_size: int) -> FirstTokens:
     """The first greedy token of each answer, without generating."""
-    if len(prompts) == 0:
-        return FirstTokens(torch.empty(0, dtype=torch.long))
-    return FirstTokens(last_logits(model, prompts, batch_size=batch_size).argmax(-1))
+    found = [torch.empty(0, dtype=torch.long)]
+    for _, tokens in model.batches(prompts, batch_size):
+        found.append(model.run(tokens, logits=1).logits[:, -1].argmax(-1).cpu())
+    return FirstTokens(torch.cat(found))
 
 
 def find_refusal_tokens(

@@ -16,21 +16,25 @@ import torch
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.store import Store
 from refusalscope.core.types import Prompts
-from refusalscope.inputs import presets, prompts
+from refusalscope.inputs import loading, presets, prompts
 from refusalscope.inputs.chat import ChatModel, choose_device
-from refusalscope.inputs.saes import SaeBank
-from refusalscope.inputs.template import ChatStyle
+from refusalscope.inputs.footprint import Footprint, footprint, free
+from refusalscope.inputs.loading import Described, Placement
+from refusalscope.inputs.saes import LayerSae, SaeBank
+from refusalscope.inputs.template import ChatStyle, ChatTemplate
 from refusalscope.pipeline import options as run_options
+from refusalscope.pipeline import plan as planning
 from refusalscope.pipeline import sources
 from refusalscope.pipeline.environment import describe, origin, versions
 from refusalscope.pipeline.options import Options
+from refusalscope.pipeline.plan import Held, Plan
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
-LARGEST_BATCH = 64
 VALUE_SHARES = (0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
 """Of a set's mean largest activation on harmful prompts: small ones too, since the whole mean breaks the text."""
 TOO_LONG = "too_long.json"
+ELSEWHERE = "choose another --device, or --dtype, --quantize or --device-map"
 
 
 class Job:
@@ -55,6 +59,8 @@ class Job:
         self.prompts = options.prompts or (None if self.target.prompts else sources.common_prompts(progress))
         self._given = sources.load_prompts(options, self.prompts)
         self._recorded = run_options.recorded(folder, options)
+        self.halved: list[str] = []
+        """What was done when memory ran out, a sentence each."""
         self._stage = ""
         self._started = time.monotonic()
         self.store.claim.take()
@@ -90,11 +96,79 @@ class Job:
             device_map=options.device_map,
             style=self.style,
             trust_remote_code=options.trust_remote_code,
+            tokenizer=self.described.tokenizer,
         )
 
     @cached_property
+    def described(self) -> Described:
+        """Configuration and tokenizer: all that is known before weights are read."""
+        target = self.target
+        return loading.describe(
+            target.model,
+            name=target.name,
+            revision=target.revision,
+            trust_remote_code=self.options.trust_remote_code,
+        )
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate(self.described.tokenizer, self.target.name, self.style)
+
+    @property
+    def context(self) -> int | None:
+        """Positions the model was made for; None where its configuration names no limit."""
+        return getattr(self.described.config, "max_position_embeddings", None)
+
+    @cached_property
     def saes(self) -> SaeBank:
-        return SaeBank.from_source(self.target.saes, device=self.device)
+        ahead = not self.options.no_read_ahead and (self._recorded or {}).get("read_ahead", True)
+        return SaeBank.from_source(self.target.saes, device=self.device, read_ahead=ahead)
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """What a new run will hold in memory, made before weights are read; None for a folder that has begun.
+
+        Raises ValueError, one line, for SAEs of another model.
+        """
+        if self._recorded is not None:
+            return None
+        self.progress("planning", 0, 1)
+        first = self._first_sae()
+        self.saes.check(self.described.config.hidden_size, self.target.name)
+        made = planning.make(
+            self._footprint(),
+            planning.work_of(
+                *(self.sets, self.template),
+                answer=self.max_new_tokens,
+                documents=self.options.documents is not None,
+            ),
+            name=self.target.name,
+            device=self.device,
+            free=Held(free(self.device), free("cpu")),
+            sae=first,
+            read_ahead=self.saes.read_ahead,
+            given=self.options.batch_size,
+        )
+        self.saes.read_ahead = made.read_ahead
+        return made
+
+    def _first_sae(self) -> LayerSae:
+        try:
+            return self.saes.layer(self.saes.layers[0])
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise ValueError(f"one SAE of {self.target.saes.where} does not fit in memory: {ELSEWHERE}") from error
+            raise
+
+    def _footprint(self) -> Footprint:
+        target, options = self.target, self.options
+        return footprint(
+            target.model,
+            name=target.name,
+            revision=target.revision,
+            placement=Placement(options.device, options.dtype, options.quantize, options.device_map),
+            trust_remote_code=options.trust_remote_code,
+        )
 
     @cached_property
     def sets(self) -> prompts.PromptSets:
@@ -105,12 +179,9 @@ class Job:
     @cached_property
     def derived(self) -> dict[str, Any]:
         """What was chosen once for this folder and is reused whenever it is resumed."""
-        if self._recorded is not None:
-            return self._recorded
-        return {
-            "batch_size": self.options.batch_size or choose_batch_size(self.model),
-            "chat": self.model.template.about,
-        }
+        if self._recorded is not None or self.plan is None:
+            return self._recorded or {}
+        return self.plan.chosen | {"chat": self.template.about}
 
     @property
     def device(self) -> str:
@@ -166,26 +237,28 @@ class Job:
 
         The second time all that was made before that stage is read. Raises ValueError when one prompt is too much.
         """
-        from accelerate.utils import find_executable_batch_size
+        while True:
+            try:
+                return chain(self)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Out here the error, whose traceback holds the tensors of the stage that failed, is gone.
+            self._clear()
+            self._halve()
 
-        def attempt(_size: int) -> T:
-            return chain(self)
-
-        # Sizes are kept by stage; the one that the helper passes is not used.
-        return find_executable_batch_size(attempt, LARGEST_BATCH, self._halve)()
-
-    def _halve(self) -> int:
-        """Record half the batch size for the stage that was running, and return it."""
+    def _halve(self) -> None:
+        """Record half the batch size for the stage that was running."""
         if not self._stage:
-            raise ValueError(f"{self.target.name} with its SAEs does not fit in memory: choose another --device")
+            raise ValueError(f"{self.target.name} with its SAEs does not fit in memory: {ELSEWHERE}")
         half = self._size(self._stage) // 2
         if half == 0:
             raise ValueError(
                 f"out of memory in the stage {self._stage!r} with one prompt per batch: "
                 "leave out long prompts, lower --max-new-tokens or choose another --device"
             )
+        self.halved.append(f"out of memory in the stage {self._stage!r}: {half} prompts at once from then on")
         self.resize(self._stage, half)
-        return half
 
     def in_batches(
         self,
@@ -263,7 +336,7 @@ class Job:
         return self._measure()
 
     def _measure(self) -> dict[str, Any]:
-        context = self.model.context
+        context = self.context
         if context is None:
             return {"limit": None, "prompts": {}}
         limit = context - self.max_new_tokens
@@ -273,14 +346,16 @@ class Job:
                 f"of {context} tokens"
             )
         sets = {**self._given.fitting, **self._given.validation, **self._given.evaluation}
-        return {"limit": limit, "prompts": {name: self.model.longer(rows, limit) for name, rows in sets.items()}}
+        return {"limit": limit, "prompts": {name: self._longer(rows, limit) for name, rows in sets.items()}}
+
+    def _longer(self, rows: Prompts, limit: int) -> list[str]:
+        return [prompt.id for prompt in rows if self.template.length(prompt.text) > limit]
 
     def within_context(self, rows: Prompts) -> tuple[Prompts, list[str]]:
         """The prompts of a study that leave room for an answer, and a note if any do not; measured once, then read."""
 
         def measure() -> dict[str, Any]:
-            context = self.model.context
-            return {"ids": [] if context is None else self.model.longer(rows, context - self.max_new_tokens)}
+            return {"ids": [] if self.context is None else self._longer(rows, self.context - self.max_new_tokens)}
 
         key = fingerprint(self.target.identity, rows, self.max_new_tokens, self.style)
         long = set(self.store.get(f"too_long/{rows.name}.json", key, dict, measure)["ids"])
@@ -292,12 +367,19 @@ class Job:
         if self.store.made or not self.store.has("environment.json", ""):
             seconds = time.monotonic() - self._started
             about = describe(device=self.device, seed=self.options.seed, seconds=seconds)
-            self.store.put("environment.json", "", about | origin(self.target, self.options.trust_remote_code))
+            about |= origin(self.target, self.options.trust_remote_code)
+            if (planned := self.__dict__.get("plan")) is not None:
+                about["plan"] = planned.plain()
+            self.store.put("environment.json", "", about)
 
     def release(self) -> None:
         """Let go of the model and the SAEs, for whatever needs their memory next; they are loaded again on demand."""
         for machine in ("model", "saes"):
             self.__dict__.pop(machine, None)
+        self._clear()
+
+    @staticmethod
+    def _clear() -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -307,19 +389,8 @@ class Job:
         self.store.claim.release()
 
 
-def choose_batch_size(model: ChatModel) -> int:
-    """The largest power of two, at most 64, whose gradient step fits in a quarter of the memory that is free."""
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        import psutil
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a smaller batch may do: torch's allocators on any device, numpy's and Python's."""
+    from accelerate.utils.memory import should_reduce_batch_size
 
-        free = psutil.virtual_memory().available
-    config = model.model.config.get_text_config()
-    # A prompt of 256 tokens keeps about 34 numbers per position, layer and unit of width for the backward pass, and
-    # two sets of logits while costs are measured.
-    prompt = 256 * (34 * config.hidden_size * config.num_hidden_layers + 3 * config.vocab_size) * 4
-    size = LARGEST_BATCH
-    while size > 1 and size * prompt > free / 4:
-        size //= 2
-    return size
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
