@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +25,7 @@ from refusalscope.inputs import presets
 from tests import hub_models
 
 WIDTHS = {"16k": 16384, "65k": 65536}
+SMALL_FILES = (".json", ".jinja", ".md")
 SMALL = 128
 """d_sae where SAELens reads it from the file."""
 THRESHOLDS = (0.5, 1.0, 2.0)
@@ -210,10 +211,17 @@ WRITERS: dict[str, Callable[..., None]] = {
 }
 
 
+EXPIRED = "hf_expired"
+"""A token that the server does not know."""
+
+
 @contextmanager
-def served(cache: Path) -> Iterator[str]:
-    """The address of a server that gives out the repositories in `cache` as the hub does."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Hub, cache)) as server:
+def served(cache: Path, *, gated: Sequence[str] = ()) -> Iterator[str]:
+    """The address of a server that gives out the repositories in `cache` as the hub does.
+
+    The files of `gated` ones it gives to no one: their terms were not accepted.
+    """
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Hub, cache, frozenset(gated))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"
@@ -224,8 +232,8 @@ def served(cache: Path) -> Iterator[str]:
 class _Hub(BaseHTTPRequestHandler):
     """Files at /NAME/resolve/REVISION/PATH, whole or by range; what there is at /api/models/NAME."""
 
-    def __init__(self, cache: Path, *connection: Any) -> None:
-        self.cache = cache
+    def __init__(self, cache: Path, gated: frozenset[str], *connection: Any) -> None:
+        self.cache, self.gated = cache, gated
         super().__init__(*connection)
 
     def do_HEAD(self) -> None:
@@ -235,23 +243,31 @@ class _Hub(BaseHTTPRequestHandler):
         self.wfile.write(self._answer())
 
     def _answer(self) -> bytes:
-        api = re.fullmatch(r"/api/models/([^/]+/[^/?]+)(/[^?]*)?(\?.*)?", self.path)
-        named = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
+        api = re.fullmatch(r"/api/models/([^/]+/[^/?]+)(?:/(tree|revision)/([^/?]+)/?([^?]*))?(\?.*)?", self.path)
+        named = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
         found = named or api
         home = self.cache / f"models--{found[1].replace('/', '--')}" if found else self.cache / "none"
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token == EXPIRED:
+            return self._reply(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
         if found is None or not home.is_dir():
-            return self._reply(404, b"", {"X-Error-Code": "RepoNotFound"})
-        commit = (home / "refs" / "main").read_text()
-        folder = home / "snapshots" / commit
-        if named is None:
-            return self._reply(200, _listing(folder, found[1], found[2] or ""), {})
-        file = folder / named[2]
-        if not file.is_file():
-            return self._reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        return self._file(file.read_bytes(), commit)
+            return self._reply(404 if token else 401, b"", {"X-Error-Code": "RepoNotFound"})
+        folder = _at(home, found[2] if named else found[3] or "main")
+        if folder is None:
+            return self._reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        if named is None and (folder / (found[4] or "")).is_dir():
+            return self._reply(200, _listing(folder, found[1], trees=found[2] == "tree"), {})
+        if named and named[1] in self.gated:
+            return self._reply(403 if token else 401, b"", {"X-Error-Code": "GatedRepo"})
+        if named is None or not (file := folder / named[3]).is_file():
+            return self._reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": folder.name})
+        return self._file(file, folder.name)
 
-    def _file(self, content: bytes, commit: str) -> bytes:
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+    def _file(self, file: Path, commit: str) -> bytes:
+        # The hub names large files by their SHA-256.
+        content = file.read_bytes()
+        name = (hashlib.sha1 if file.suffix in SMALL_FILES else hashlib.sha256)(content).hexdigest()
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{name}"', "Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None:
             return self._reply(200, content, headers)
@@ -270,10 +286,17 @@ class _Hub(BaseHTTPRequestHandler):
         """Say nothing: the tests' output is no server log."""
 
 
-def _listing(folder: Path, name: str, asked: str) -> bytes:
+def _at(home: Path, revision: str) -> Path | None:
+    """The folder of a commit, or of the commit that a branch or tag is."""
+    ref = home / "refs" / revision
+    folder = home / "snapshots" / (ref.read_text() if ref.is_file() else revision)
+    return folder if folder.is_dir() else None
+
+
+def _listing(folder: Path, name: str, *, trees: bool) -> bytes:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     paths = [str(file.relative_to(folder)) for file in files]
-    if asked.startswith("/tree"):
+    if trees:
         sizes = (file.stat().st_size for file in files)
         rows = zip(paths, sizes, strict=True)
         return json.dumps(

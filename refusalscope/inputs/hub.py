@@ -43,6 +43,9 @@ def snapshot(
     from huggingface_hub import snapshot_download
 
     asked = Asked(repository, revision, kind, choice)
+    if (here := cached(asked)) and all((here / name).is_file() for name in patterns):
+        # A commit never changes: what is here needs no hub, which may be slow to say that it is not there.
+        return here
     try:
         return Path(snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
@@ -51,12 +54,9 @@ def snapshot(
         raise ValueError(reason) from error
 
 
-def explained(error: BaseException, asked: Asked, *, lacking: str = "") -> str | None:
-    """What the hub had against it, in one line, found in an error or its causes; None where it was not the hub.
-
-    `lacking` names the files that are known to be wanted and not here.
-    """
-    return next((line for cause in _causes(error) if (line := _line(cause, asked, lacking))), None)
+def explained(error: BaseException, asked: Asked) -> str | None:
+    """What the hub had against it, in one line, found in an error or its causes; None where it was not the hub."""
+    return next((line for cause in _causes(error) if (line := _line(cause, asked))), None)
 
 
 def cached(asked: Asked) -> Path | None:
@@ -64,6 +64,17 @@ def cached(asked: Asked) -> Path | None:
     if asked.revision is None or not (folder := _home(asked) / "snapshots" / asked.revision).is_dir():
         return None
     return folder
+
+
+def unreached(asked: Asked) -> str | None:
+    """Why a file that is not in the cache cannot be asked for, in one line; None where the hub answers."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().repo_info(asked.repository, repo_type=asked.kind, revision=asked.revision)
+    except Exception as error:
+        return explained(error, asked) or absent(asked, error)
+    return None
 
 
 def first_line(error: BaseException) -> str:
@@ -78,7 +89,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _line(error: BaseException, asked: Asked, lacking: str) -> str | None:
+def _line(error: BaseException, asked: Asked) -> str | None:
     from huggingface_hub import errors
 
     if isinstance(error, errors.HFValidationError):
@@ -93,7 +104,7 @@ def _line(error: BaseException, asked: Asked, lacking: str) -> str | None:
             f"{asked.choice}"
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return _not_here(asked, error, lacking)
+        return absent(asked, error)
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
         return f"the Hugging Face hub does not accept your token, which may have expired: {TOKEN}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -121,13 +132,16 @@ def _unknown(asked: Asked) -> str:
     )
 
 
-def _not_here(asked: Asked, error: BaseException, lacking: str) -> str:
-    """The cache lacks it and nothing could be downloaded: which of the two can be helped, and how."""
+def absent(asked: Asked, error: BaseException, lacking: str = "a file") -> str:
+    """The cache lacks files and nothing could be downloaded: which of the two can be helped and how, in one line.
+
+    `lacking` names the files where the commit is here and a part of it is not.
+    """
     commits, wanted = _commits(asked), asked.revision or "main"
     here = asked.repository
     other = ""
     if wanted in [*commits, *commits.values()]:
-        here = f"{lacking or 'a file'} of {here} at {wanted}"
+        here = f"{lacking} of {here} at {wanted}"
     elif commits:
         here = f"revision {wanted} of {here}"
         shown = ", ".join(commit + (f" ({name})" if name else "") for commit, name in commits.items())
