@@ -111,6 +111,11 @@ def add_verb(verb: str, text: str) -> None:
             chain = "choose" if said.get("choose") else verb
             drive(chain, given, folder=folder, config=said.get("config"), progress=progress, judging=how)
 
+    register(verb, text, command)
+
+
+def register(verb: str, text: str, command: Callable[..., None]) -> None:
+    """Make it a command that takes the options of all verbs but those that are not its own."""
     command.__annotations__ = every_option.__annotations__
     vars(command)["__signature__"] = signature(every_option)
     hide(command, words.foreign(verb))
@@ -137,6 +142,30 @@ add_verb("health", "What the SAEs keep of this model, layer by layer, and what a
 add_verb("sweep", "Try set sizes and strengths on validation prompts: refusal, coherence and cost of each.")
 
 
+def doctor(**options: Any) -> None:
+    """The checks of `doctor` as they are known, a line each and what belongs to it below; exit code 1 if one failed."""
+    said = {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in said.items() if key in words.OPTION_NAMES}
+    failed = False
+    with one_clear_line(), progress_bar() as progress:
+        from refusalscope.pipeline import doctor as checks
+        from refusalscope.pipeline import options as made
+
+        no_loading_bars()
+        for verdict in checks.examine(made.make(words.parsed(given), said.get("config")), progress):
+            print(*words.lines_of(verdict), sep="\n", flush=True)
+            failed |= verdict.word == checks.FAILED
+    if failed:
+        raise typer.Exit(1)
+
+
+register(
+    "doctor",
+    "Prove on a few prompts that model, template and SAEs fit, before a run; and how long it will take.",
+    doctor,
+)
+
+
 def drive(
     verb: str,
     values: dict[str, Any],
@@ -160,15 +189,16 @@ def drive(
     name, runs = folder
     called = Path(made.model).resolve().name + ("-sweep" if sweeps else "")
     with closing(Job(made, runs / (name or called), progress)) as job:
+        for line in [] if job.plan is None else job.plan.lines():
+            print(line, file=sys.stderr)
         path = job.run(chains.CHAINS[verb])
         if names:
             job.release()
             # Studies answer too, under many edits: their answers are for `judge`, which can be told which.
             tell(judge.judge_run(job.store, names, settings, datasets=of_benchmark(job.store), progress=progress))
         job.finish()
-        if verb == "run":
-            for line in whole.left_out(job.store):
-                print(line, file=sys.stderr)
+        for line in (*job.halved, *(whole.left_out(job.store) if verb == "run" else ())):
+            print(line, file=sys.stderr)
     print(job.store.root / path)
 
 

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from refusalscope.evals.judges import Settings
+    from refusalscope.pipeline.patient import Verdict
 
+FOLDER_OPTIONS = frozenset(("name", "runs"))
+"""Where a run lies: of no use to a verb that writes nothing."""
 SWEEP_OPTIONS = frozenset(("sizes", "choose"))
 BY_CATEGORY = frozenset(("category_prompts", "categories", "language"))
 PROBED = frozenset(("detection", "look_alikes", "pooling", "paper_labels"))
@@ -44,7 +47,13 @@ def foreign(verb: str) -> frozenset[str]:
     """The options of other verbs, which this one does not take."""
     others = STUDY_OPTIONS - STUDIES.get(verb, frozenset())
     others |= frozenset() if verb in JUDGED else JUDGE_OPTIONS
+    others |= FOLDER_OPTIONS if verb == "doctor" else frozenset()
     return others | (frozenset() if verb == "sweep" else SWEEP_OPTIONS)
+
+
+def lines_of(verdict: "Verdict") -> list[str]:
+    """A line of doctor's, and below it, indented, what belongs to it."""
+    return [f"{verdict.word:12}{verdict.line}: {verdict.detail}", *(f"{'':14}{more}" for more in verdict.more)]
 
 
 def judge_settings(said: dict[str, Any]) -> "Settings":
