@@ -31,70 +31,6 @@ app.add_typer(testbed_app, name="testbed")
 app.add_typer(guard_app, name="guard")
 
 
-def every_option(
-    model: option.Model = None,
-    name: option.Name = None,
-    runs: option.Runs = Path("runs"),
-    config: option.Config = None,
-    revision: option.Revision = None,
-    saes: option.Saes = None,
-    sae_release: option.SaeRelease = None,
-    sae_id: option.SaeId = None,
-    layers: option.Layers = None,
-    prompts: option.PromptFile = None,
-    columns: option.Columns = None,
-    label: option.Label = None,
-    limit: option.Limit = None,
-    datasets: option.Dataset = None,
-    protocol: option.Protocol = None,
-    full: option.Full = None,
-    k: option.SetSize = None,
-    methods: option.Method = None,
-    draws: option.Draws = None,
-    factors: option.Factor = None,
-    values: option.Value = None,
-    refusal_token: option.Token = None,
-    best_layer: option.BestLayer = None,
-    keep_unrefused: option.KeepUnrefused = None,
-    system: option.System = None,
-    thinking: option.Thinking = None,
-    chat_template: option.ChatTemplate = None,
-    max_new_tokens: option.MaxNewTokens = None,
-    batch_size: option.BatchSize = None,
-    device: option.Device = None,
-    device_map: option.DeviceMap = None,
-    dtype: option.Dtype = None,
-    quantize: option.Quantize = None,
-    trust_remote_code: option.RemoteCode = None,
-    no_read_ahead: option.NoReadAhead = None,
-    no_feature_labels: option.NoFeatureLabels = None,
-    seed: option.Seed = None,
-    judges: option.Judges = None,
-    judge_url: option.JudgeUrl = None,
-    judge_model: option.JudgeModel = None,
-    judge_revision: option.JudgeRevision = None,
-    judge_template: option.JudgeTemplate = None,
-    judge_engine: option.JudgeEngine = None,
-    judge_question: option.JudgeQuestion = None,
-    sizes: option.Sizes = None,
-    choose: option.Choose = False,
-    studies: option.Studies = None,
-    category_prompts: option.CategoryPrompts = None,
-    categories: option.Categories = None,
-    language: option.Language = None,
-    nodes: option.Nodes = None,
-    pairs: option.PairFile = None,
-    suffixes: option.SuffixFile = None,
-    detection: option.Detection = None,
-    look_alikes: option.LookAlikes = None,
-    pooling: option.Pooling = None,
-    paper_labels: option.PaperLabels = None,
-    against: option.Against = None,
-    documents: option.Documents = None,
-) -> None:
-    """The options of all verbs that take a model: a signature, never called."""
-
-
 def add_verb(verb: str, text: str) -> None:
     """A command that drives the chain of its name; all take the same options, and share run folders.
 
@@ -116,8 +52,8 @@ def add_verb(verb: str, text: str) -> None:
 
 def register(verb: str, text: str, command: Callable[..., None]) -> None:
     """Make it a command that takes the options of all verbs but those that are not its own."""
-    command.__annotations__ = every_option.__annotations__
-    vars(command)["__signature__"] = signature(every_option)
+    command.__annotations__ = option.every_option.__annotations__
+    vars(command)["__signature__"] = signature(option.every_option)
     hide(command, words.foreign(verb))
     app.command(verb, help=text)(command)
 
