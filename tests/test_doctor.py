@@ -33,6 +33,13 @@ LABELLED = "instruction,label\n" + "".join(
 )
 
 
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pace that is measured once and on few tokens: nothing here looks at how good it is."""
+    monkeypatch.setattr(pace, "STEPS", (4,))
+    monkeypatch.setattr(pace, "TRIES", 1)
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SAEs of another width, and of random weights."""
@@ -62,7 +69,7 @@ def told(*said: str) -> tuple[int, str]:
 
 def test_the_testbed_passes_every_line_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code, text = told("testbed")
+    code, text = told("testbed", "--batch-size", "16")
     assert code == 0, text
     heads = [line for line in text.splitlines() if not line.startswith(" ")]
     assert [re.split(r"  +|: ", line)[:2] for line in heads] == [[OK, line] for line in LINES]
@@ -213,6 +220,39 @@ def test_what_cannot_be_tried_is_bad_input(said: list[str], message: str) -> Non
     code, text = told(*said)
     assert code == 2
     assert f"error: {message}" in text or message in text.splitlines()[-1]
+
+
+def test_prompts_to_fit_on_are_needed(tmp_path: Path) -> None:
+    shutil.copytree(shipped.ASSETS / "model", tmp_path / "mine")
+    (tmp_path / "few.csv").write_text("instruction\nHow do I bake bread?\n")
+    code, text = told(
+        str(tmp_path / "mine"),
+        "--saes",
+        f"{shipped.ASSETS}/saes/layer_{{layer}}",
+        "--prompts",
+        str(tmp_path / "few.csv"),
+    )
+    assert code == 2
+    assert "few.csv holds no train split" in text
+
+
+def test_running_out_of_memory_fails_the_line_it_happens_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(_: Patient) -> Verdict:
+        raise MemoryError
+
+    def modest(_: Patient) -> Verdict:
+        return Verdict(OK, "modest", "done")
+
+    checks = {
+        "greedy": doctor.Check(greedy),
+        "later": doctor.Check(modest, ("greedy",)),
+        "modest": doctor.Check(modest),
+    }
+    monkeypatch.setattr(doctor, "CHECKS", checks)
+    found = list(doctor.verdicts(Patient(Job(Options(), doctor.NOWHERE))))
+    assert [verdict.word for verdict in found] == [FAILED, NOT_CHECKED, OK]
+    assert "--batch-size" in found[0].detail
+    assert found[1].detail.endswith("greedy")
 
 
 def test_doctor_has_no_run_folder() -> None:

@@ -20,7 +20,7 @@ from refusalscope.inputs.template import SENTINEL, NotOneBos, Role
 from refusalscope.mechanism.direction import NoDirection, find, find_refusal_tokens, first_tokens
 from refusalscope.mechanism.interventions import ScaleFeatures, editor
 from refusalscope.pipeline import fit, pace
-from refusalscope.pipeline.job import Job, Progress
+from refusalscope.pipeline.job import Job, Progress, is_out_of_memory
 from refusalscope.pipeline.options import Options
 from refusalscope.pipeline.patient import FAILED, NOT_CHECKED, OK, WARNING, Patient, Verdict, is_refusal, listed
 
@@ -53,7 +53,7 @@ def verdicts(patient: Patient) -> Iterator[Verdict]:
     for line, check in CHECKS.items():
         lacking = next((roots[need] for need in check.needs if need in roots), None)
         if lacking is None:
-            verdict = check.do(patient)
+            verdict = _tried(check, line, patient)
         else:
             verdict = Verdict(NOT_CHECKED, line, f"rests on what failed above: {lacking}")
         if verdict.word in (FAILED, NOT_CHECKED):
@@ -61,12 +61,24 @@ def verdicts(patient: Patient) -> Iterator[Verdict]:
         yield verdict
 
 
+def _tried(check: Check, line: str, patient: Patient) -> Verdict:
+    try:
+        return check.do(patient)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    remedies = "a smaller --batch-size, --dtype bfloat16, --quantize 8bit, or another --device"
+    return Verdict(FAILED, line, f"out of memory: try {remedies}")
+
+
 def check_template(patient: Patient) -> Verdict:
     """The template renders every prompt, the user's text once and unaltered."""
+    # What is wrong with these is bad input, and no fault of the template's.
+    asked, _ = patient.asked, patient.job.described
     try:
         template = patient.job.template
         frame = template.render([{"role": "user", "content": SENTINEL}])
-        for prompt in patient.asked:
+        for prompt in asked:
             rendered = template.render([{"role": "user", "content": prompt.text}])
             if rendered not in {frame.replace(SENTINEL, text) for text in (prompt.text, prompt.text.strip())}:
                 raise ValueError(f"the chat template of {template.name} alters the user's text {prompt.text[:60]!r}")
@@ -76,7 +88,7 @@ def check_template(patient: Patient) -> Verdict:
     except ValueError as error:
         return Verdict(FAILED, TEMPLATE, str(error))
     about = ", ".join(f"{name} {value}" for name, value in patient.job.template.about.items())
-    found = f"renders {len(patient.asked)} prompts, the user's text once in each"
+    found = f"renders {len(asked)} prompts, the user's text once in each"
     return Verdict(OK, TEMPLATE, f"{found} ({about})" if about else found)
 
 
