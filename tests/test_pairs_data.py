@@ -195,10 +195,12 @@ def test_a_gated_data_set_says_where_its_terms_are_and_how_to_give_a_token(gated
     # Where the hub is and whether it may be asked is read when huggingface_hub is imported.
     program = "from refusalscope.inputs.sources import locate\nlocate('allenai/wildjailbreak', option='-', tags=())"
     home = {"HF_ENDPOINT": gated, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path)}
+    home |= {"HF_TOKEN": ""}
     ended = subprocess.run([sys.executable, "-c", program], env={**os.environ, **home}, capture_output=True, text=True)
     assert ended.stderr.splitlines()[-1] == (
-        "ValueError: allenai/wildjailbreak is gated: accept its terms at "
-        "https://huggingface.co/datasets/allenai/wildjailbreak, then set HF_TOKEN or run `hf auth login`"
+        "ValueError: allenai/wildjailbreak is gated and no token was found: accept its terms at "
+        "https://huggingface.co/datasets/allenai/wildjailbreak, then make a token at "
+        "https://huggingface.co/settings/tokens and set HF_TOKEN to it, or run `hf auth login`"
     )
 
 

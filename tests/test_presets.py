@@ -14,6 +14,7 @@ import torch
 from _pytest.mark import ParameterSet
 from huggingface_hub import constants
 
+from refusalscope.inputs import presets
 from tests import hub, hub_models, processes, tiny
 
 LARGE = {"gemma-2-2b", "qwen-3.5-27b"}
@@ -148,6 +149,12 @@ def assert_features(place: Path, name: str, layer: int, words: list[str]) -> Non
     """A run of `features` on one layer ends well and leaves feature sets of that layer alone."""
     ended = processes.run(asked(layer, words), place / f"said-{name}", partial(os.chdir, place))
     assert ended.code == 0, ended.err
+    about = json.loads((place / "runs" / name / "environment.json").read_text())
+    preset = presets.presets().get(words[0], {})
+    assert about["model"]["requested"] == preset.get("revision")
+    assert preset.get("revision") in (None, about["model"]["commit"])
+    assert preset.get("sae_revision") in (None, about["saes"]["commit"])
+    assert about["trust_remote_code"] is False
     index = json.loads((place / "runs" / name / "features" / "index.json").read_text())
     assert index["layers"] == [layer]
     sets = {
