@@ -24,8 +24,8 @@ from refusalscope.pipeline.job import Job, Progress, is_out_of_memory
 from refusalscope.pipeline.options import Options
 from refusalscope.pipeline.patient import FAILED, NOT_CHECKED, OK, WARNING, Patient, Verdict, is_refusal, listed
 
-TEMPLATE, BOS, ROLES, SAES = "chat template", "exactly one BOS", "roles", "SAE width and site"
-IDENTITY, TOKENS, KEPT = "identity edit", "refusal tokens", "SAE reconstruction"
+MEMORY, TEMPLATE, BOS, ROLES = "memory", "chat template", "exactly one BOS", "roles"
+SAES, IDENTITY, TOKENS, KEPT = "SAE width and site", "identity edit", "refusal tokens", "SAE reconstruction"
 DIRECTION, TIME = "refusal direction", "expected time"
 NOWHERE = Path(os.devnull) / "doctor"
 """The run folder of a job that writes nothing."""
@@ -71,10 +71,23 @@ def _tried(check: Check, line: str, patient: Patient) -> Verdict:
     return Verdict(FAILED, line, f"out of memory: try {remedies}")
 
 
+def check_memory(patient: Patient) -> Verdict:
+    """What a run will hold in memory, planned before weights are read; what keeps it from being planned fails below."""
+    # What is wrong with these is bad input.
+    _ = patient.asked, patient.job.described
+    try:
+        plan = patient.job.plan
+    except ValueError as error:
+        return Verdict(NOT_CHECKED, MEMORY, f"cannot be planned: {error}")
+    assert plan is not None, "a job that writes nothing never has a folder that is begun"
+    first, *more = plan.lines()
+    word = OK if plan.fits else WARNING
+    return Verdict(word, MEMORY, first.removeprefix("memory for "), tuple(line.strip() for line in more))
+
+
 def check_template(patient: Patient) -> Verdict:
     """The template renders every prompt, the user's text once and unaltered."""
-    # What is wrong with these is bad input, and no fault of the template's.
-    asked, _ = patient.asked, patient.job.described
+    asked = patient.asked
     try:
         template = patient.job.template
         frame = template.render([{"role": "user", "content": SENTINEL}])
@@ -292,6 +305,7 @@ def check_time(patient: Patient) -> Verdict:
 
 
 CHECKS: Mapping[str, Check] = {
+    MEMORY: Check(check_memory),
     TEMPLATE: Check(check_template),
     BOS: Check(check_bos, (TEMPLATE,)),
     ROLES: Check(check_roles, (BOS,)),
