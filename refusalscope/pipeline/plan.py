@@ -46,10 +46,10 @@ WORDS = {
 class Held(NamedTuple):
     """Bytes, on the device and beside it; on a CPU both are one memory."""
 
-    device: float = 0
-    host: float = 0
+    device: int = 0
+    host: int = 0
 
-    def times(self, number: float) -> "Held":
+    def times(self, number: int) -> "Held":
         return Held(self.device * number, self.host * number)
 
     def plus(self, other: "Held") -> "Held":
@@ -226,9 +226,9 @@ def make(
     maps = is_mapped(sae.decoder)
     # A release's file is read whole, and its largest tensor twice before the SAE stands.
     own = 0 if maps else size
-    held = Held(0 if known.is_mapped else known.weights).plus(Held(own, OWN + own / 2))
+    held = Held(0 if known.is_mapped else known.weights).plus(Held(own, OWN + own // 2))
     mapped = (known.weights if known.is_mapped else 0) + (size if maps else 0)
-    room = free.times(SHARE).plus(Held(host=-mapped))
+    room = Held(int(SHARE * free.device), int(SHARE * free.host) - mapped)
     stages = _stages(known, work, sae.size)
 
     def fits(fixed: Held, stage: Stage, batch: int) -> bool:
@@ -274,5 +274,5 @@ def _stages(known: Footprint, work: Work, size: int) -> dict[str, Stage]:
     }
 
 
-def _bytes(number: float) -> str:
+def _bytes(number: int) -> str:
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
