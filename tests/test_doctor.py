@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from refusalscope import cli
 from refusalscope.core.types import Feature, FeatureSet
 from refusalscope.inputs import presets
-from refusalscope.pipeline import doctor, measure, pace, patient
+from refusalscope.pipeline import doctor, measure, pace, patient, workload
 from refusalscope.pipeline.doctor import BOS, DIRECTION, IDENTITY, KEPT, MEMORY, ROLES, SAES, TEMPLATE, TOKENS
 from refusalscope.pipeline.job import Job
 from refusalscope.pipeline.options import Options
@@ -282,20 +282,20 @@ def test_the_answers_of_a_benchmark_are_counted_as_they_are_asked_for(options: d
         *[held] * (1 + len(fixed) * len(job.factors)),
         *[len(job.given.evaluation["harmless"])] * len(values),
     ]
-    work = next(one for one in pace.counted(job, 8) if one.name == "benchmark")
+    work = next(one for one in workload.counted(job, 8) if one.name == "benchmark")
     assert sorted(work.answers) == sorted(expected)
 
 
 def test_work_takes_longer_the_more_there_is_of_it() -> None:
-    measured = pace.Pace(token=0.001, step=0.1, row=0.01, sae=2.0, encoded=0.0, prompt=30.0, batch=10, answer=None)
-    asked = pace.Work("asked", answers=(10, 25), tokens=50, statistics=0.0)
+    measured = workload.Pace(token=0.001, step=0.1, row=0.01, sae=2.0, encoded=0.0, prompt=30.0, batch=10, answer=None)
+    asked = workload.Work("asked", answers=(10, 25), tokens=50, statistics=0.0)
     # Four batches of fifty steps, and the rows' own time; every prompt is read once.
     assert asked.seconds(measured) == pytest.approx(50 * (4 * 0.1 + 35 * 0.01) + 35 * 30 * 0.001)
     assert asked.seconds(measured._replace(answer=20)) == pytest.approx(20 * (4 * 0.1 + 35 * 0.01) + 35 * 30 * 0.001)
-    assert pace.Work("read", saes=3, statistics=1.0).seconds(measured) == pytest.approx(7)
-    assert pace.Work("read", prompts=2, chats=1, gradients=1, tokens=70, statistics=0.0).seconds(
+    assert workload.Work("read", saes=3, statistics=1.0).seconds(measured) == pytest.approx(7)
+    assert workload.Work("read", prompts=2, chats=1, gradients=1, tokens=70, statistics=0.0).seconds(
         measured
-    ) == pytest.approx((2 + pace.BACKWARD) * 0.03 + 0.1)
+    ) == pytest.approx((2 + workload.BACKWARD) * 0.03 + 0.1)
 
 
 def test_layers_are_listed_in_runs() -> None:

@@ -19,7 +19,7 @@ from refusalscope.inputs.chat import Edits
 from refusalscope.inputs.template import SENTINEL, NotOneBos, Role
 from refusalscope.mechanism.direction import NoDirection, find, find_refusal_tokens, first_tokens
 from refusalscope.mechanism.interventions import ScaleFeatures, editor
-from refusalscope.pipeline import fit, pace
+from refusalscope.pipeline import fit, pace, workload
 from refusalscope.pipeline.job import Job, Progress, is_out_of_memory
 from refusalscope.pipeline.options import Options
 from refusalscope.pipeline.patient import FAILED, NOT_CHECKED, OK, WARNING, Patient, Verdict, is_refusal, listed
@@ -297,7 +297,7 @@ def _told(scores: LayerScores) -> str:
 def check_time(patient: Patient) -> Verdict:
     """How long `run` with these options will take here, from this model's pace on a few prompts."""
     measured = pace.measure(patient)
-    work = pace.counted(patient.job, len(patient.model.layers))
+    work = workload.counted(patient.job, len(patient.model.layers))
     minutes = pace.seconds(work, measured) / 60
     told = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} hours"
     what = "the whole `run` with these options: its parts, and at what pace"
