@@ -113,6 +113,13 @@ def no_file_above(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+def no_memory_above(more: int) -> None:
+    """Address space for `more` bytes beside what the process has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
 def no_rights() -> None:
     """Permissions bind even root."""
     libc = ctypes.CDLL(None, use_errno=True)

@@ -22,6 +22,7 @@ from refusalscope.pipeline import job, measure, sources
 from refusalscope.pipeline import options as run_options
 from refusalscope.pipeline.options import Options
 from tests import tiny
+from tests.processes import without_plan
 
 HEAVY = {"torch", "transformers", "sae_lens", "datasets", "numpy", "scipy", "matplotlib", "huggingface_hub"}
 LABELLED = "text,label\n" + "".join(
@@ -63,9 +64,10 @@ def refuse(*words: object) -> str:
     result = CliRunner().invoke(cli.app, [str(word) for word in words])
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
+    line = without_plan(result.stderr)
+    assert re.fullmatch(r"error: [^\n]+\n", line), result.stderr
     assert {file: file.read_bytes() for file in Path("runs").rglob("*") if file.is_file()} == before
-    return result.stderr
+    return line
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["data", "fetch", "--help"], ["models"]])

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from refusalscope.core.memory import is_out_of_memory
 from refusalscope.evals.checkpoints import NO_SAFETENSORS, OTHER_JUDGE, Checkpoint, Reader, adapter_folder, first_line
 from refusalscope.evals.engines import Message, Reply
 from refusalscope.inputs import loading
@@ -182,8 +183,6 @@ def in_batches(
     A batch for which memory is not enough is halved. Whatever else goes wrong has its batch asked one by one, so that
     it is the reply of no exchange but its own.
     """
-    from accelerate.utils.memory import should_reduce_batch_size
-
     replies: list[Reply] = []
     while len(replies) < len(items):
         part = items[len(replies) : len(replies) + size]
@@ -192,7 +191,7 @@ def in_batches(
             continue
         except Exception as error:
             # Libraries fail in their own ways.
-            is_memory = should_reduce_batch_size(error)
+            is_memory = is_out_of_memory(error)
             fault = f"out of memory, even alone: {first_line(error)}" if is_memory else f"failed: {first_line(error)}"
         # The error is gone here, and with it the tensors that its traceback held.
         tidy()

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from refusalscope.core.memory import is_out_of_memory
 from refusalscope.inputs import damaged, hub
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -119,13 +120,11 @@ def _where(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
 @contextmanager
 def _one_line(name: str, source: str | Path, revision: str | None) -> Iterator[None]:
     """What transformers raises for a checkpoint that it cannot read, as a ValueError of one line."""
-    from accelerate.utils.memory import should_reduce_batch_size
-
     try:
         yield
     except Exception as error:
         # Libraries fail in their own ways, tokenizers by a bare Exception. Too little memory is no fault of the files.
-        if should_reduce_batch_size(error):
+        if is_out_of_memory(error):
             raise
         reason = why(error, source, revision) or hub.first_line(error)
         raise ValueError(f"cannot load {name} as a causal language model: {reason}") from error

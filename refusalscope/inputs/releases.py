@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
+from refusalscope.core.memory import is_out_of_memory
 from refusalscope.inputs import damaged, hub, pinned
 
 L0 = 100
@@ -252,8 +253,6 @@ def _opened(what: str, load: Callable[[], Any], place: Path, asked: hub.Asked | 
 
     Running out of memory is no fault of the file and passes through.
     """
-    from accelerate.utils.memory import should_reduce_batch_size
-
     try:
         with warnings.catch_warnings():
             # The SAE's own note says so where it matters.
@@ -261,7 +260,7 @@ def _opened(what: str, load: Callable[[], Any], place: Path, asked: hub.Asked | 
             return load()
     except Exception as error:
         # Each format's reader fails in its own way: a key, a shape, a zip file cut short, a pickle that is no tensor.
-        if should_reduce_batch_size(error):
+        if is_out_of_memory(error):
             raise
         reason = (asked and hub.explained(error, asked)) or damaged.described(place)
         reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

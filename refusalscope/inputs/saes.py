@@ -5,7 +5,7 @@ is offered here in residual units (`core/encoding.py`), whatever the family. Kno
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import zip_longest
@@ -165,7 +165,7 @@ class SaeBank:
             self._open = LayerSae(layer, self._read(layer, self._device))
         return self._open
 
-    def each(self, layers: Iterable[int] | None = None) -> Iterator[LayerSae]:
+    def each(self, layers: Iterable[int] | None = None) -> Generator[LayerSae, None, None]:
         """The SAEs of `layers` in turn (of all if None), each usable until the next one is asked for.
 
         While one is used the next is read on the host, so that the device does not wait for the disk.

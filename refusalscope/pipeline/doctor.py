@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from refusalscope.core.memory import is_out_of_memory
 from refusalscope.core.types import Feature, FeatureSet, LayerScores
 from refusalscope.evals import health
 from refusalscope.inputs.chat import Edits
@@ -20,7 +21,7 @@ from refusalscope.inputs.template import SENTINEL, NotOneBos, Role
 from refusalscope.mechanism.direction import NoDirection, find, find_refusal_tokens, first_tokens
 from refusalscope.mechanism.interventions import ScaleFeatures, editor
 from refusalscope.pipeline import fit, pace, workload
-from refusalscope.pipeline.job import Job, Progress, is_out_of_memory
+from refusalscope.pipeline.job import Job, Progress
 from refusalscope.pipeline.options import Options
 from refusalscope.pipeline.patient import FAILED, NOT_CHECKED, OK, WARNING, Patient, Verdict, is_refusal, listed
 

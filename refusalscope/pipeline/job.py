@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from refusalscope.core.fingerprint import fingerprint
+from refusalscope.core.memory import give_back, is_out_of_memory
 from refusalscope.core.store import Store
 from refusalscope.core.types import Prompts
 from refusalscope.inputs import loading, presets, prompts
@@ -220,6 +221,8 @@ class Job:
 
     def size(self, stage: str) -> int:
         """Prompts per batch of a stage that is about to run: the one whose size is halved if memory runs out."""
+        if stage != self._stage:
+            give_back()
         self._stage = stage
         return self._size(stage)
 
@@ -381,16 +384,10 @@ class Job:
     @staticmethod
     def _clear() -> None:
         gc.collect()
+        give_back()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Let other processes have the folder."""
         self.store.claim.release()
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a smaller batch may do: torch's allocators on any device, numpy's and Python's."""
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, MemoryError) or should_reduce_batch_size(error)

@@ -22,6 +22,8 @@ SHARE = 0.7
 """Of the free memory, what a plan may fill: it counts tensors, not the workspace of operations or what others take."""
 OWN = 100_000_000
 """Bytes of Python's objects and of what libraries hold: results, tables, the page and its figures."""
+HEAP = 1.5
+"""What the C library's heap takes for the tensors of a graph, over their own bytes: measured 1.45 (docs/memory.md)."""
 FLOAT = 4
 """Bytes of a float32."""
 EXPLAINED = 32
@@ -229,7 +231,7 @@ def make(
     held = Held(0 if known.is_mapped else known.weights).plus(Held(own, OWN + own // 2))
     mapped = (known.weights if known.is_mapped else 0) + (size if maps else 0)
     room = Held(int(SHARE * free.device), int(SHARE * free.host) - mapped)
-    stages = _stages(known, work, sae.size)
+    stages = _stages(known, work, sae.size, heap=HEAP if shared else 1.0)
 
     def fits(fixed: Held, stage: Stage, batch: int) -> bool:
         return fixed.plus(stage.at(batch)).within(room, shared=shared)
@@ -245,7 +247,7 @@ def make(
     return Plan(name, device, free, fixed, known.weights, size, mapped, ahead, stages, given)
 
 
-def _stages(known: Footprint, work: Work, size: int) -> dict[str, Stage]:
+def _stages(known: Footprint, work: Work, size: int, *, heap: float) -> dict[str, Stage]:
     """Stage -> what it holds. The factors are counted off the functions that are named."""
     vocabulary = known.vocabulary * FLOAT
     fit, chat = known.forward(work.fitting), known.forward(work.longest + work.answer)
@@ -254,7 +256,7 @@ def _stages(known: Footprint, work: Work, size: int) -> dict[str, Stage]:
     # Encoding a layer whole (`reading`, `features`): two sets of activations, their difference, two products.
     reading = 5 * at_once(size) * size * FLOAT
     # `attribution.trace`: the graph; clean and patched residuals and the sum of the gradients.
-    gradients = Held(known.gradient(work.fitting).peak + 3 * vocabulary, 3 * trace)
+    gradients = Held(int(heap * known.gradient(work.fitting).peak) + 3 * vocabulary, 3 * trace)
     return {
         # `direction.find`: last logits of the validation prompts, unedited and edited, and what KL makes of them.
         "direction": Stage(

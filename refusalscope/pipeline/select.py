@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from refusalscope.core.memory import give_back
 from refusalscope.core.scores import Attribution, Scores, Trace
 from refusalscope.core.store import Store
 from refusalscope.core.types import Feature, FeatureSet, Prompts, SaeSlice, layers_of
@@ -116,6 +117,7 @@ def _make_features(job: Job, fitted: Fitted, key: str) -> None:
 
 def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Trace], key: str) -> Reading:
     """Open each layer's SAE once and read everything off it that any wanted set needs."""
+    give_back()
     wanted, most = job.options.wanted_methods, max(job.options.set_sizes)
     published = job.options.protocol == "paper"
     where, over = (features.everywhere, max(p.ids.shape[1] for p in traces)) if published else (scored, None)
