@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip --disable-pip-version-check --quiet
-WORKERS ?= 2
+WORKERS ?= 3
 TORCH := $(shell grep '^torch==' requirements.lock)
 INSTALLED := .venv/.installed
 

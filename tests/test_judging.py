@@ -25,6 +25,7 @@ from refusalscope.inputs.chat import ChatModel
 from refusalscope.pipeline import judge as judging
 from refusalscope.pipeline.answered import answers, only
 from refusalscope.testbed import grammar
+from tests.processes import without_plan
 
 COUNT = 10
 EDIT = "scale c=-1 k=20"
@@ -109,7 +110,7 @@ def invoke(*words: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, [str(word) for word in words])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    return result.exit_code, result.stdout, without_plan(result.stderr)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def invoke(*arguments: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, list(arguments))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    return result.exit_code, result.stdout, without_plan(result.stderr)
 
 
 def _run(runs: Path, *arguments: str) -> tuple[int, str, str]:

@@ -31,6 +31,10 @@ class Moment(NamedTuple):
     left: int
     """When it was done, beside what it returned."""
 
+    def shorter(self, positions: int, whole: int) -> "Moment":
+        """The same for `positions` tokens instead of `whole`: in proportion, which attention's square makes too much."""
+        return Moment(self.peak * positions // whole, self.left * positions // whole)
+
 
 class Footprint:
     """One checkpoint's memory in bytes; what belongs to a prompt is for `positions` tokens, one prompt a batch."""

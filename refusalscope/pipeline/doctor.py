@@ -227,10 +227,9 @@ def check_reconstruction(patient: Patient) -> Verdict:
         residuals = model.run(tokens, keep=layers).residuals
         read[kind] = {layer: residual[inside].float() for layer, residual in residuals.items()}
     chats, plain, seconds = {}, {}, 0.0
-    for done, layer in enumerate(layers):
+    for done, sae in enumerate(job.saes.each(layers)):
         job.progress("SAE reconstruction", done, len(layers))
-        sae = job.saes.layer(layer)
-        started = time.monotonic()
+        started, layer = time.monotonic(), sae.layer
         chats[layer], plain[layer] = (health.kept(sae, read[kind][layer]) for kind in ("chats", "plain"))
         seconds += time.monotonic() - started
     job.saes.let_go()

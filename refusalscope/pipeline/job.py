@@ -145,13 +145,19 @@ class Job:
             ),
             name=self.target.name,
             device=self.device,
-            free=Held(free(self.device), free("cpu")),
+            free=Held(self._free(), free("cpu")),
             sae=first,
             read_ahead=self.saes.read_ahead,
             given=self.options.batch_size,
         )
         self.saes.read_ahead = made.read_ahead
         return made
+
+    def _free(self) -> int:
+        """Of the device, or of all that a device map spreads the model over."""
+        if self.device != "cuda" or self.options.device_map is None:
+            return free(self.device)
+        return sum(free(f"cuda:{number}") for number in range(torch.cuda.device_count()))
 
     def _first_sae(self) -> LayerSae:
         try:

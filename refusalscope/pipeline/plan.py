@@ -250,7 +250,9 @@ def make(
 def _stages(known: Footprint, work: Work, size: int, *, heap: float) -> dict[str, Stage]:
     """Stage -> what it holds. The factors are counted off the functions that are named."""
     vocabulary = known.vocabulary * FLOAT
-    fit, chat = known.forward(work.fitting), known.forward(work.longest + work.answer)
+    whole = work.longest + work.answer
+    chat = known.forward(whole)
+    asked, fit = (chat.shorter(tokens, whole) for tokens in (work.longest, work.fitting))
     scored = max(work.answer + 1, DOCUMENT_TOKENS if work.documents else 0)
     trace = known.layers * work.fitting * known.width * FLOAT
     # Encoding a layer whole (`reading`, `features`): two sets of activations, their difference, two products.
@@ -267,7 +269,7 @@ def _stages(known: Footprint, work: Work, size: int, *, heap: float) -> dict[str
         "features": Stage(Held(), gradients, work.train),
         "reading": Stage(Held(reading, 3 * trace), Held(), 0),
         "explain": Stage(Held(host=EXPLAINED * 3 * trace), gradients, min(EXPLAINED, work.validation)),
-        "answer": Stage(Held(), Held(known.forward(work.longest).peak + chat.left + 3 * vocabulary), work.most),
+        "answer": Stage(Held(), Held(asked.peak + chat.left + 3 * vocabulary), work.most),
         # `capability.cost`: log-probabilities before and after, and what the later ones are made from.
         "cost": Stage(Held(), Held(chat.peak + 4 * (work.answer + 1) * vocabulary), work.most),
         "health": Stage(
