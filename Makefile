@@ -11,8 +11,8 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/refusalscope run testbed --name demo
 
-# A file's tests share what they have made, so a file stays with one worker. In the order of their names: by the number
-# of tests, as is the default, the few long ones of the notebooks come last and one worker waits for them.
+# A file's tests share what they have made, so a file stays with one worker, in the order of tests/conftest.py: by the
+# number of tests, as is the default, the few long ones come last. One worker more than two cores, since some wait.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

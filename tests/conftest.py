@@ -20,6 +20,14 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
+LONGEST = ("test_notebook", "test_run", "test_verify", "test_probes", "test_whole_run", "test_fuzz")
+"""Files of minutes. They are begun first, so that no worker is left waiting for the last of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Give the session caches of its own: huggingface_hub reads where its cache lies when it is first imported."""
     home = TemporaryDirectory(prefix="hub-")

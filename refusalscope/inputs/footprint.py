@@ -32,7 +32,7 @@ class Moment(NamedTuple):
     """When it was done, beside what it returned."""
 
     def shorter(self, positions: int, whole: int) -> "Moment":
-        """The same for `positions` tokens instead of `whole`: in proportion, which attention's square makes too much."""
+        """The same for `positions` tokens instead of `whole`, in proportion: too much for attention's square."""
         return Moment(self.peak * positions // whole, self.left * positions // whole)
 
 
