@@ -218,15 +218,14 @@ def test_one_prompt_that_does_not_fit_in_memory_ends_the_run(tmp_path: Path) -> 
     assert made.derived["batch_sizes"] == {"answer": 1}
 
 
-@pytest.mark.parametrize("verb", ["features", pytest.param("run", marks=pytest.mark.slow)])
-def test_a_batch_too_large_for_the_memory_there_is_ends_in_smaller_ones(verb: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_batch_too_large_for_the_memory_there_is_ends_in_smaller_ones(tmp_path: Path) -> None:
     # Gradients of 128 prompts take more than 300 MB beside what starting threads and reading files takes.
-    study = ["--study", "none"] if verb == "run" else []
-    given = [verb, "testbed", "--runs", str(tmp_path), "--limit", "128", "--batch-size", "128", "--factor", "0", *study]
+    given = words(tmp_path, "--study", "none", "--limit", "128", "--batch-size", "128", "--factor", "0")
     ended = processes.run(given, tmp_path / "said", partial(processes.no_memory_above, 600_000_000))
     assert ended.code == 0, ended
     assert "out of memory in the stage 'features': 64 prompts at once from then on\n" in ended.err
-    recorded = run_options.read_toml(tmp_path / "testbed" / run_options.RUN_FILE)["derived"]
+    recorded = run_options.read_toml(tmp_path / "demo" / run_options.RUN_FILE)["derived"]
     assert recorded["batch_size"] == 128
     assert recorded["batch_sizes"]["features"] <= 64
 
