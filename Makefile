@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip --disable-pip-version-check --quiet
-WORKERS ?= 3
+WORKERS ?= 2
 TORCH := $(shell grep '^torch==' requirements.lock)
 INSTALLED := .venv/.installed
 
@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/refusalscope run testbed --name demo
 
 # A file's tests share what they have made, so a file stays with one worker, in the order of tests/conftest.py: by the
-# number of tests, as is the default, the few long ones come last. One worker more than two cores, since some wait.
+# number of tests, as is the default, the few long ones come last.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
