@@ -152,7 +152,8 @@ class Plan:
             f"{ahead}{mapped}"
         ]
         made += [
-            f"  {WORDS[name]}: {min(stage.size, stage.prompts)} prompts at once, {self._sides(stage.at(stage.size))}"
+            f"  {WORDS[name]}: {min(stage.size, stage.prompts)} prompts at once, {self._sides(stage.at(stage.size))}, "
+            f"of it {self._sides(stage.each)} a prompt"
             for name, stage in self.stages.items()
             if name in WORDS
         ]
@@ -279,4 +280,4 @@ def _stages(known: Footprint, work: Work, size: int, *, heap: float) -> dict[str
 
 
 def _bytes(number: int) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.{0 if number >= 1e7 else 1}f} MB"
