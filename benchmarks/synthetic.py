@@ -1,6 +1,5 @@
 """Random chat models and SAEs of any size, in the real classes, with real file formats where files are asked for."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +64,8 @@ def llama(shape: Shape, device: str = "cpu", **given: Any) -> ChatModel:
         pad_token_id=tokenizer.pad_token_id,
         **given,
     )
-    return ChatModel(LlamaForCausalLM(config).to(device), tokenizer, name="benchmark", identity="benchmark")
+    made: Any = LlamaForCausalLM(config)
+    return ChatModel(made.to(device), tokenizer, name="benchmark", identity="benchmark")
 
 
 def chats(model: ChatModel, prompts: int, positions: int) -> Tokens:
@@ -103,8 +103,3 @@ def jump_relu(features: int, residual: Tensor, device: str = "cpu") -> Any:
     before = residual.flatten(0, -2)[:64].to(decoder) @ made.W_enc
     made.threshold.data.fill_(float(before.topk(ACTIVE).values[:, -1].mean()))
     return made
-
-
-def slices(bench: Bench, features: Mapping[int, list[int]]) -> dict[int, Any]:
-    """Layer -> the slice that an edit of these features needs."""
-    return bench.saes.slices(features)
