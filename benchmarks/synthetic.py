@@ -49,14 +49,14 @@ def load(shape: Shape, folder: Path, device: str = "cpu") -> Bench:
 
 
 def llama(shape: Shape, device: str = "cpu", **given: Any) -> ChatModel:
-    """A random Llama with the testbed's tokenizer, its MLP four times as wide as the model."""
+    """A random Llama with the testbed's tokenizer, its gated MLP three times as wide as the model."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(ASSETS / "model")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.width,
-        intermediate_size=4 * shape.width,
+        intermediate_size=3 * shape.width,
         num_hidden_layers=shape.layers,
         num_attention_heads=max(1, shape.width // 64),
         bos_token_id=tokenizer.bos_token_id,
