@@ -287,7 +287,12 @@ class ChatModel:
         keep: set[int],
         residuals: dict[int, Tensor],
     ) -> Iterator[None]:
-        """Attach one hook per edited or kept layer; all are gone on exit, whatever happens inside."""
+        """Attach one hook per edited or kept layer; all are gone on exit, whatever happens inside.
+
+        What `torch.compile` made of the model is left aside in here: compiled code has the hooks that it was compiled
+        with and silently leaves out all others. With nothing to edit too, lest base and edited differ by rounding.
+        The stance belongs to the process, as hooks do to the model: one thread at a time.
+        """
         wanted = set(edits) | keep
         if unknown := sorted(layer for layer in wanted if not 0 <= layer < len(self.layers)):
             raise ValueError(f"{self.name} has layers 0 to {len(self.layers) - 1}, not {unknown}")
@@ -304,6 +309,7 @@ class ChatModel:
             return hook
 
         with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             for layer in sorted(wanted):
                 handle = self.layers[layer].register_forward_hook(hook_for(layer))
                 stack.callback(handle.remove)
