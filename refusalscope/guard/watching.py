@@ -40,23 +40,26 @@ def watch(
 ) -> list[Watched]:
     """Answer prompts, greedily, and score the text so far at every token. Raises ValueError for an empty prompt."""
     rows = prompts if isinstance(prompts, Prompts) else named(prompts)
+    watching = _Watching(guard, on_score)
+    answers = guard.model.generate(
+        guard.model.answer_tokens(rows),
+        edits=watching.edits(guard.content.layers),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
     made = []
-    for start in range(0, len(rows), batch_size):
-        tokens = guard.model.answer_tokens(rows[start : start + batch_size])
-        watching = _Watching(guard, on_score)
-        edits = watching.edits(guard.content.layers)
-        for response in guard.model.generate(tokens, edits=edits, max_new_tokens=max_new_tokens):
-            seen = torch.tensor(watching.logits[response.prompt_id], dtype=torch.double)
-            flagged = bool((seen > guard.content.threshold).any())
-            made.append(Watched(response, tuple(torch.sigmoid(seen).tolist()), flagged))
+    for response in answers:
+        seen = torch.tensor(watching.logits[response.prompt_id], dtype=torch.double)
+        flagged = bool((seen > guard.content.threshold).any())
+        made.append(Watched(response, tuple(torch.sigmoid(seen).tolist()), flagged))
     return made
 
 
 class _Said(NamedTuple):
-    """What was pooled so far, over how many tokens."""
+    """What was pooled of one prompt so far, over how many tokens."""
 
-    pooled: Float[Tensor, "prompt k"]
-    tokens: Int[Tensor, "prompt 1"]
+    pooled: Float[Tensor, "k"]
+    tokens: int
 
 
 class _Watching:
@@ -66,7 +69,7 @@ class _Watching:
         self._guard = guard
         self._on_score = on_score
         self._seen: dict[int, Tensor] = {}
-        self._said: _Said | None = None
+        self._said: dict[str, _Said] = {}
         self.logits: dict[str, list[float]] = {}
 
     def edits(self, layers: Sequence[int]) -> dict[int, Edit]:
@@ -88,7 +91,7 @@ class _Watching:
         """Score what is being written; rows that have ended their turn are padding and keep what they had."""
         roles = batch.roles.cpu()
         alive = (roles[:, -1] != Role.PADDING).tolist()
-        logits = self._guard.logits(self._so_far(roles))
+        logits = self._guard.logits(self._so_far(batch.prompt_ids, roles))
         now = {}
         for name, own, logit in zip(batch.prompt_ids, alive, logits, strict=True):
             if own:
@@ -97,19 +100,26 @@ class _Watching:
         if self._on_score is not None and now:
             self._on_score(now)
 
-    def _so_far(self, roles: Int[Tensor, "prompt position"]) -> Float[Tensor, "prompt k"]:
+    def _so_far(self, names: Sequence[str], roles: Int[Tensor, "prompt position"]) -> Float[Tensor, "prompt k"]:
         """The probe's inputs for the text so far, from those of the new positions and what was kept."""
         how = self._guard.content.pooling
         if how == "last":
             return self._guard.inputs(self._seen, roles)
-        if self._said is None:
-            said = (roles == Role.INSTRUCTION) | (roles == Role.RESPONSE)
-            self._said = _Said(self._guard.inputs(self._seen, roles), said.sum(1, keepdim=True))
-            return self._said.pooled
-        before, count = self._said
-        going = roles[:, -1:] == Role.RESPONSE
-        # A row that has ended has no position of its own to pool: it is read all the same, and not used.
-        fresh = self._guard.inputs(self._seen, torch.full_like(roles, int(Role.RESPONSE)))
-        together = torch.maximum(before, fresh) if how == "max" else (before * count + fresh) / (count + 1)
-        self._said = _Said(torch.where(going, together, before), count + going)
-        return self._said.pooled
+        said = (roles == Role.INSTRUCTION) | (roles == Role.RESPONSE)
+        if not (roles == Role.INSTRUCTION).any():
+            # A row that has ended has no position of its own to pool: it is read all the same, and not used.
+            roles = torch.full_like(roles, int(Role.RESPONSE))
+        fresh = self._guard.inputs(self._seen, roles)
+        rows = zip(names, fresh, said.sum(1).tolist(), strict=True)
+        return torch.stack([self._together(name, pooled, count) for name, pooled, count in rows])
+
+    def _together(self, name: str, fresh: Float[Tensor, "k"], count: int) -> Float[Tensor, "k"]:
+        """One prompt's pooled inputs once `count` more tokens are among them."""
+        before = self._said.get(name)
+        if before is None:
+            self._said[name] = _Said(fresh, count)
+        elif count:
+            how, total = self._guard.content.pooling, before.tokens + count
+            mean = (before.pooled * before.tokens + fresh * count) / total
+            self._said[name] = _Said(torch.maximum(before.pooled, fresh) if how == "max" else mean, total)
+        return self._said[name].pooled

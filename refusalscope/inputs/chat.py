@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from refusalscope.core.types import Prompts, Response
-from refusalscope.inputs import loading
+from refusalscope.inputs import decoding, loading
+from refusalscope.inputs.decoding import Limits
 from refusalscope.inputs.loading import Bits, DeviceMap, DType, Placement, find_layers
 from refusalscope.inputs.loading import choose_device as choose_device  # where this stood before
 from refusalscope.inputs.template import ChatStyle, ChatTemplate, Role, Thinking
@@ -216,29 +217,29 @@ class ChatModel:
             output = self.model(**inputs, logits_to_keep=logits)
         return Run(residuals, output.logits.to(torch.promote_types(output.logits.dtype, torch.float32)))
 
-    def generate(self, tokens: Tokens, *, edits: Edits | None = None, max_new_tokens: int) -> tuple[Response, ...]:
+    def generate(
+        self, tokens: Tokens, *, edits: Edits | None = None, max_new_tokens: int, batch_size: int | None = None
+    ) -> tuple[Response, ...]:
         """Greedy answers with a KV cache, each ended by the model's own end-of-turn tokens or the limit.
 
-        Edits see the prompt in one call and then one position per call, until their row has ended.
+        At most `batch_size` prompts are in the model at once, all of them unless it is given; as answers end, the next
+        prompts take their place. Edits see the prompts of a batch in one call, then one position per call, until their
+        row has ended: from then on it is padding or gone. Answers come back in the prompts' order.
         """
-        from transformers import GenerationConfig, StoppingCriteriaList
+        batch = _unknown(torch.Size((0, 0)))
 
-        tokens = tokens.to(self.device)
-        ends = _EndOfTurn(torch.tensor(self.end_tokens, device=self.device), len(tokens.prompt_ids))
-        settings = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.end_tokens,
-            pad_token_id=self.pad_token,
-        )
-        with self._hooked(edits or {}, lambda shape: ends.batch(tokens, shape[1]), keep=set(), residuals={}):
-            output = self.model.generate(
-                input_ids=tokens.ids,
-                attention_mask=tokens.mask.long(),
-                generation_config=settings,
-                stopping_criteria=StoppingCriteriaList([ends]),
+        def announce(rows: Sequence[int], roles: Tensor) -> None:
+            nonlocal batch
+            batch = Batch(tuple(tokens.prompt_ids[row] for row in rows), roles)
+
+        with self._hooked(edits or {}, lambda _: batch, keep=set(), residuals={}):
+            answers = decoding.greedy(
+                *(self.model, tokens.ids, tokens.roles),
+                limits=Limits(frozenset(self.end_tokens), max_new_tokens),
+                rows=batch_size or max(1, len(tokens.prompt_ids)),
+                device=self.device,
+                announce=announce,
             )
-        answers = output[:, tokens.ids.shape[1] :].tolist()
         pairs = zip(tokens.prompt_ids, answers, strict=True)
         return tuple(self._response(name, ids, tokens.thinking) for name, ids in pairs)
 
@@ -319,21 +320,3 @@ class ChatModel:
 def _unknown(shape: torch.Size) -> Batch:
     """A batch of which nothing but its shape is known."""
     return Batch(("",) * shape[0], torch.full(shape[:2], int(Role.INSTRUCTION)))
-
-
-class _EndOfTurn:
-    """Watches generation: which rows have ended their turn, so that edits leave them alone."""
-
-    def __init__(self, end_tokens: Int[Tensor, "end"], rows: int) -> None:
-        self._end_tokens = end_tokens
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=end_tokens.device)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Bool[Tensor, "prompt"]:
-        self.ended = self.ended | torch.isin(input_ids[:, -1], self._end_tokens)
-        return self.ended
-
-    def batch(self, tokens: Tokens, width: int) -> Batch:
-        if width == tokens.ids.shape[1]:
-            return Batch(tokens.prompt_ids, tokens.roles)
-        roles = torch.where(self.ended, int(Role.PADDING), int(Role.RESPONSE))
-        return Batch(tokens.prompt_ids, roles[:, None].expand(-1, width))

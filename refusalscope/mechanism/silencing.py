@@ -56,8 +56,12 @@ def answers(
     model: ChatModel, tokens: Tokens, asked: Sequence[Question], slices: Slices, *, size: int
 ) -> list[Response]:
     """The first tokens of each question's answer, as many as must be coherent."""
-    made = batches(model, tokens, asked, slices, size=size)
-    return [r for _, rows in made for r in model.generate(rows.tokens, edits=rows.edits, max_new_tokens=ANSWERED)]
+    made = batches(model, tokens, asked, slices, size=max(1, len(asked)))
+    return [
+        response
+        for _, rows in made
+        for response in model.generate(rows.tokens, edits=rows.edits, max_new_tokens=ANSWERED, batch_size=size)
+    ]
 
 
 def flips(

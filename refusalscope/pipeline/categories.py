@@ -26,7 +26,7 @@ from refusalscope.mechanism.interventions import (
 from refusalscope.pipeline import category_matrix
 from refusalscope.pipeline.category_sets import FOLDER, CategorySets, strength
 from refusalscope.pipeline.fit import Fitted
-from refusalscope.pipeline.job import Job
+from refusalscope.pipeline.job import TOGETHER, Job
 from refusalscope.pipeline.measure import judge_answers, keep_finding, make_answers, provenance
 from refusalscope.pipeline.sizes import WHOLE, Sizes
 from refusalscope.pipeline.traces import opening_refused
@@ -171,7 +171,7 @@ def _effects(
     for batch, tokens in job.model.batches(refused, size):
         seen = contrast(job.model, tokens, fitted.direction)
         used += [prompt for prompt, usable in zip(batch.ids, seen.flipped.tolist(), strict=True) if usable]
-        held = _recorded(job.model, batch, arms, slices, render=job.model.tokens)
+        held = _recorded(job.model, batch, arms, slices, batch_size=max(1, len(batch)), render=job.model.tokens)
         for change, arm in zip(changes, arms, strict=True):
             if len(arm.scaled):
                 edits = editor(_intervention(arm, held), layers=len(job.model.layers), slices=slices).edits
@@ -186,16 +186,17 @@ def _recorded(
     arms: Sequence[Arm],
     slices: Mapping[int, SaeSlice],
     *,
+    batch_size: int,
     render: Callable[[Prompts], Tokens],
 ) -> Recorded:
-    """The values that any of the arms holds, on the unedited prompts of one batch."""
+    """The values that any of the arms holds, on the unedited prompts of one part."""
     wanted = {arm.held.features: arm.held.by_layer() for arm in arms if arm.held is not None}
     return {
         chosen: record(
             model,
             batch,
             {layer: slices[layer].take(indices) for layer, indices in layers.items()},
-            batch_size=max(1, len(batch)),
+            batch_size=batch_size,
             render=render,
         )
         for chosen, layers in wanted.items()
@@ -215,20 +216,21 @@ def _label(arm: Arm) -> str:
 
 
 def _answers(job: Job, rows: Prompts, arm: Arm, slices: Slices) -> Responses:
-    """What the model answers under an arm; the values held are recorded batch by batch, and are no part of the key."""
+    """What the model answers under an arm; the values held are recorded part by part, and are no part of the key."""
 
     def make(batch: Prompts) -> Responses:
-        held = _recorded(job.model, batch, [arm], slices(), render=job.model.answer_tokens)
-        edit = benchmark.Arm(arm.method, arm.setting, _intervention(arm, held))
         size, longest = job.size("answer"), job.max_new_tokens
+        held = _recorded(job.model, batch, [arm], slices(), batch_size=size, render=job.model.answer_tokens)
+        edit = benchmark.Arm(arm.method, arm.setting, _intervention(arm, held))
         return benchmark.answer(job.model, batch, edit, slices=slices(), batch_size=size, max_new_tokens=longest)
 
     return job.in_batches(
         "answer",
         f"answers/{rows.name}/{_label(arm)}.jsonl",
-        key=job.key("answer", rows, arm, job.max_new_tokens),
+        key=job.key("answer", rows, arm, job.max_new_tokens, TOGETHER),
         rows=rows,
         kind=Responses,
         make=make,
         join=benchmark.joined,
+        together=TOGETHER,
     )

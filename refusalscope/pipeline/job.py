@@ -34,6 +34,8 @@ T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 VALUE_SHARES = (0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
 """Of a set's mean largest activation on harmful prompts: small ones too, since the whole mean breaks the text."""
+TOGETHER = 4
+"""Batches of answers in one part: within it the next prompts take the places of those whose answers have ended."""
 TOO_LONG = "too_long.json"
 ELSEWHERE = "choose another --device, or --dtype, --quantize or --device-map"
 
@@ -279,14 +281,15 @@ class Job:
         kind: type[T],
         make: Callable[[Prompts], T],
         join: Callable[[Sequence[T]], T],
+        together: int = 1,
     ) -> T:
-        """The artifact at `path`, made batch by batch and joined: a run that is killed makes one batch again.
+        """The artifact at `path`, made part by part and joined: a run that is killed makes one part again.
 
-        `make` is given one batch, `join` all that it returned, in the prompts' order.
+        `make` is given one part, `together` batches of prompts, and `join` all that it returned, in the prompts' order.
         """
 
         def joined() -> T:
-            parts = self.parts(stage, path, key=key, rows=rows, kind=kind, make=make)
+            parts = self.parts(stage, path, key=key, rows=rows, kind=kind, make=make, together=together)
             return join([self.store.read(part, kind) for part in parts])
 
         made = self.store.get(path, key, kind, joined)
@@ -294,17 +297,25 @@ class Job:
         return made
 
     def parts(
-        self, stage: str, path: str, *, key: str, rows: Prompts, kind: type[T], make: Callable[[Prompts], T]
+        self,
+        stage: str,
+        path: str,
+        *,
+        key: str,
+        rows: Prompts,
+        kind: type[T],
+        make: Callable[[Prompts], T],
+        together: int = 1,
     ) -> list[str]:
-        """For what is too large to be joined in memory: the artifacts of each batch, made where they do not stand.
+        """For what is too large to be joined in memory: the artifacts of each part, made where they do not stand.
 
         Whoever has used them calls `drop_parts`, also when it finds its own result made: the run may have been killed
         in between.
         """
         self.begin()
-        size = self.size(stage)
+        size = together * self.size(stage)
         paths = []
-        # An empty set is one empty batch, so that there is something to join.
+        # An empty set is one empty part, so that there is something to join.
         for number, start in enumerate(range(0, max(1, len(rows)), size)):
             paths.append(f"{path}.parts/{number:04d}")
             self.store.ensure(paths[-1], key, partial(make, rows[start : start + size]))

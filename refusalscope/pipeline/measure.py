@@ -15,7 +15,7 @@ from refusalscope.pipeline.bearing import keep_bearing
 from refusalscope.pipeline.environment import versions
 from refusalscope.pipeline.figures import write_figures
 from refusalscope.pipeline.fit import Fitted
-from refusalscope.pipeline.job import Job
+from refusalscope.pipeline.job import TOGETHER, Job
 from refusalscope.pipeline.options import Options, as_plain
 from refusalscope.pipeline.select import Chosen
 from refusalscope.report import page
@@ -213,7 +213,7 @@ def slices_of(chosen: Chosen, arm: Arm) -> dict[int, SaeSlice]:
 
 
 def answers_key(job: Job, rows: Prompts, arm: Arm) -> str:
-    return job.key("answer", rows, arm, job.max_new_tokens)
+    return job.key("answer", rows, arm, job.max_new_tokens, TOGETHER)
 
 
 def judged_key(job: Job, rows: Prompts, answers: Responses, tokens: Sequence[int], *, cut_off_counts: bool) -> str:
@@ -239,6 +239,7 @@ def make_answers(job: Job, rows: Prompts, arm: Arm, slices: Mapping[int, SaeSlic
             job.model, batch, arm, slices=slices, batch_size=job.size("answer"), max_new_tokens=job.max_new_tokens
         ),
         join=benchmark.joined,
+        together=TOGETHER,
     )
 
 

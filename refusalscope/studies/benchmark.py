@@ -78,11 +78,9 @@ def answer(
 ) -> Responses:
     """Answer a data set under an arm, greedily, and count the positions its edit changed."""
     made = editor(arm.intervention, layers=len(model.layers), slices=slices)
-    rows = []
-    for start in range(0, len(prompts), batch_size):
-        tokens = model.answer_tokens(prompts[start : start + batch_size])
-        rows.extend(model.generate(tokens, edits=made.edits, max_new_tokens=max_new_tokens))
-    return Responses(prompts.name, arm.method, arm.setting, tuple(rows), made.changed)
+    tokens = model.answer_tokens(prompts)
+    rows = model.generate(tokens, edits=made.edits, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return Responses(prompts.name, arm.method, arm.setting, rows, made.changed)
 
 
 def joined(parts: Sequence[Responses]) -> Responses:
