@@ -14,6 +14,8 @@ from refusalscope.testbed.shipped import ASSETS
 
 ACTIVE = 50
 """Features that fire at a token."""
+VOCABULARY = 32000
+"""Llama 2's; most of it has no word in the testbed's tokenizer."""
 
 
 class Shape(NamedTuple):
@@ -49,14 +51,14 @@ def load(shape: Shape, folder: Path, device: str = "cpu") -> Bench:
 
 
 def llama(shape: Shape, device: str = "cpu", **given: Any) -> ChatModel:
-    """A random Llama with the testbed's tokenizer, its gated MLP three times as wide as the model."""
+    """A random Llama in the proportions of Llama 2 (MLP, vocabulary), with the testbed's tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(ASSETS / "model")
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=VOCABULARY,
         hidden_size=shape.width,
-        intermediate_size=3 * shape.width,
+        intermediate_size=32 * round(11008 / 4096 * shape.width / 32),
         num_hidden_layers=shape.layers,
         num_attention_heads=max(1, shape.width // 64),
         bos_token_id=tokenizer.bos_token_id,
@@ -100,6 +102,6 @@ def jump_relu(features: int, residual: Tensor, device: str = "cpu") -> Any:
     made = JumpReLUSAE(JumpReLUSAEConfig(d_in=width, d_sae=features, apply_b_dec_to_input=False, device=device))
     decoder = torch.nn.functional.normalize(torch.randn(features, width, device=device), dim=1)
     made.W_dec.data, made.W_enc.data = decoder, decoder.T.contiguous()
-    before = residual.flatten(0, -2)[:64].to(decoder) @ made.W_enc
+    before = residual.flatten(0, -2)[:64].to(decoder) @ made.W_enc.data
     made.threshold.data.fill_(float(before.topk(ACTIVE).values[:, -1].mean()))
     return made

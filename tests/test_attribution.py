@@ -91,6 +91,35 @@ def test_the_shipped_naive_formulation_equals_ours(scheme: str, tmp_path: Path) 
         torch.testing.assert_close(entries.value, inside, atol=1e-4 * float(expected[layer].abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("scheme", [attribution.sound(), layerwise(left_riemann(3))], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("at_once", [12, 1000])
+def test_nodes_that_share_a_pass_give_what_each_gives_alone(scheme: attribution.Scheme, at_once: int) -> None:
+    model = tiny.chat_model("gemma2")
+    tokens = model.tokens(tiny.prompts())
+    alone, together = (
+        trace(model, tokens, tiny.direction(), layers=range(4), scheme=scheme, at_once=rows) for rows in (None, at_once)
+    )
+    assert len(tokens.prompt_ids) == 6
+    error = (alone.gradient - together.gradient)[:, tokens.mask].norm() / alone.gradient[:, tokens.mask].norm()
+    assert error < 1e-5
+
+
+def test_candidates_are_read_batch_by_batch_as_if_all_traces_were_kept(tmp_path: Path) -> None:
+    model, saes, direction, prompts = tiny.chat_model(), tiny.bank(tmp_path), tiny.direction(), tiny.prompts()
+    wanted = {layer: [0, 5, 9, 40] for layer in saes.layers}
+    found = attribution.attribute(model, saes, prompts, direction, candidates=wanted, batch_size=4)
+    traces = [
+        trace(model, t, direction, layers=range(4), scheme=attribution.sound()) for _, t in model.batches(prompts, 4)
+    ]
+    entries = [e for layer in saes.layers for e in reading.layer_entries(saes.layer(layer), traces, wanted[layer])]
+    kept = reading.assemble(traces, entries)
+    assert found.prompt_ids == kept.prompt_ids
+    assert len(found.value) > 10
+    for name in ("prompt", "layer", "position", "feature", "scored", "length", "answer", "refusal"):
+        assert torch.equal(getattr(found, name), getattr(kept, name)), name
+    torch.testing.assert_close(found.value, kept.value, atol=1e-5, rtol=1e-4)
+
+
 def test_the_papers_path_ends_before_each_layers_own_removal() -> None:
     model, direction = tiny.chat_model(), tiny.direction()
     tokens = model.tokens(tiny.prompts())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from refusalscope.core.types import Prompts
-from refusalscope.inputs.chat import ChatModel
+from refusalscope.inputs.chat import ChatModel, Given
 from refusalscope.mechanism.attribution import gradient, trace
 from tests import families, tiny
 
@@ -81,6 +81,18 @@ def test_gradients_flow_to_every_layer_and_to_no_parameter(model: ChatModel) -> 
     assert (found.gradient[:, ~tokens.mask] == 0).all()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.model.parameters())
     assert [len(layer._forward_hooks) for layer in model.layers] == hooks
+
+
+def test_a_run_goes_on_from_a_known_residual(model: ChatModel) -> None:
+    tokens, edits = model.tokens(PROMPTS), {2: lambda residual, batch: residual * 1.1}
+    clean = model.run(tokens, keep=[1])
+    assert model.resumable
+    whole = model.run(tokens, edits=edits, keep=[2], logits=1)
+    resumed = model.run(tokens, edits=edits, keep=[2], logits=1, given=Given(1, clean.residuals[1]))
+    assert torch.equal(whole.logits, resumed.logits)
+    assert torch.equal(whole.residuals[2], resumed.residuals[2])
+    assert torch.equal(model.run(tokens, edits=edits, logits=1).logits, whole.logits)
+    assert not any("forward" in vars(layer) for layer in model.layers)
 
 
 def test_a_trace_is_that_of_the_prompt_alone(model: ChatModel) -> None:

@@ -161,13 +161,20 @@ def test_all_features_score_as_the_sparse_attribution_says(tmp_path: Path) -> No
     assert choose(dense, 5).features.features == choose(sparse, 5).features.features
 
 
-def test_only_the_best_features_are_kept_and_no_prompts_own_best_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_best_features_are_kept_and_no_prompts_own_best_is_missed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(features, "KEPT", 2)
-    values = torch.zeros(3, 50)
-    values[:, 7], values[:, 9], values[1, 30], values[2, 31] = 5.0, 4.0, 6.0, -9.0
-    kept = features._kept("x", ("a", "b", "c"), 3, values, 1)
-    assert kept.features == tuple(named((3, 7), (3, 9), (3, 30)))
-    assert torch.equal(kept.values, values[:, [7, 9, 30]])
+    model, sae, direction = tiny.chat_model(), tiny.bank(tmp_path).layer(2), tiny.direction()
+    traces = [trace(model, t, direction, layers=[2], scheme=sound()) for _, t in model.batches(tiny.prompts(), 4)]
+    kept = features.layer_scores(sae, traces, k=1)
+    monkeypatch.setattr(features, "KEPT", sae.size)
+    every = features.layer_scores(sae, traces, k=1)
+    best = every.values.mean(0).topk(2).indices.tolist() + every.values.argmax(1).tolist()
+    assert set(kept.features) == {every.features[column] for column in best}
+    assert len(kept.features) < len(every.features)
+    columns = [every.features.index(feature) for feature in kept.features]
+    torch.testing.assert_close(kept.values, every.values[:, columns], atol=1e-6, rtol=1e-5)
 
 
 def test_largest_activations_are_those_of_every_token(tmp_path: Path) -> None:

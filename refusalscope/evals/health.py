@@ -136,7 +136,7 @@ def splice(model: ChatModel, texts: Texts, sae: LayerSae) -> Spliced:
     """Reconstruction and cross-entropy with `sae` in the residual's place."""
 
     def reconstruct(residual: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [_reconstructed(sae, part) for part in residual.split(at_once(sae.size))]
+        parts = [_reconstructed(sae, part) for part in residual.split(at_once(sae.size, sae.device))]
         return torch.cat([new for new, _ in parts]), torch.cat([figures for _, figures in parts])
 
     found, figures = _replacing(model, texts, sae.layer, reconstruct)
@@ -146,7 +146,9 @@ def splice(model: ChatModel, texts: Texts, sae: LayerSae) -> Spliced:
 
 def kept(sae: LayerSae, residual: Float[Tensor, "token d_model"]) -> Kept:
     """What `sae` keeps of float32 residuals, without putting anything in their place."""
-    figures = torch.cat([_reconstructed(sae, part)[1] for part in residual.split(at_once(sae.size))]).double()
+    figures = torch.cat(
+        [_reconstructed(sae, part)[1] for part in residual.split(at_once(sae.size, sae.device))]
+    ).double()
     spread = (residual - residual.mean(0)).double().square().sum()
     return Kept(float(1 - figures[:, 0].sum() / spread), float(figures[:, 1].mean()))
 

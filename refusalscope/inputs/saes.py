@@ -90,24 +90,25 @@ class LayerSae:
 
     def reconstruct(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """What the SAE makes of its input, a chunk of tokens at a time."""
-        parts = residual.reshape(-1, residual.shape[-1]).split(at_once(self.size))
+        parts = residual.reshape(-1, residual.shape[-1]).split(at_once(self.size, self.device))
         return torch.cat([self.decode(self.encode(part), part) for part in parts]).view(residual.shape)
 
     def slice(self, features: Sequence[int]) -> SaeSlice:
         """What an edit of `features` needs, on the CPU, exact in float32."""
         return self.here(features).to(torch.device("cpu"))
 
-    def here(self, features: Sequence[int]) -> SaeSlice:
-        """The slice of `features`, where the SAE is."""
-        index = torch.tensor(list(features), dtype=torch.long, device=self.device)
+    def here(self, features: Sequence[int] | None) -> SaeSlice:
+        """The slice of `features` (of all without a copy if None), where the SAE is."""
+        whole = features is None
+        index = torch.tensor(list(range(self.size) if whole else features), dtype=torch.long, device=self.device)
         active = int(self.sae.cfg.k) if self.sae.cfg.architecture() == "topk" else None
+        rows = slice(None) if whole else index
         # With TopK the other features decide whether one is active: all columns are held.
-        columns = index if active is None else slice(None)
-        encoder, bias, threshold = self._read(columns)
+        encoder, bias, threshold = self._read(rows if active is None else slice(None))
         if self.sae.cfg.apply_b_dec_to_input:
             bias = bias - self.sae.b_dec @ encoder
-        own = threshold[index] if active is not None else threshold
-        return SaeSlice(self.layer, index, encoder, bias, own, self.decoder[index].detach(), active, self.normalisation)
+        own = threshold[rows] if active is not None else threshold
+        return SaeSlice(self.layer, index, encoder, bias, own, self.decoder[rows].detach(), active, self.normalisation)
 
     def _read(self, columns: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Encoder, bias and threshold of these columns, the family aside."""

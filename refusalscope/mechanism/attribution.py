@@ -15,11 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from refusalscope.core.scores import Attribution, Trace
-from refusalscope.core.types import Direction, Prompts
-from refusalscope.inputs.chat import Batch, ChatModel, Edit, Tokens
+from refusalscope.core.types import Direction, Prompts, SaeSlice
+from refusalscope.inputs.chat import Batch, ChatModel, Edit, Given, Tokens
 from refusalscope.inputs.saes import SaeBank
 from refusalscope.mechanism.interventions import RemoveDirection, editor
-from refusalscope.mechanism.reading import assemble, layer_entries
+from refusalscope.mechanism.reading import Entries, assemble, entries_of, layer_entries
 
 Progress = Callable[[str, int, int], None]
 NODES = 5
@@ -56,9 +56,9 @@ class Metric(NamedTuple):
 
 
 Ends = Mapping[int, Float[Tensor, "prompt position d_model"]]
-"""Layer -> the residual at which its path ends."""
-Gradients = Callable[[ChatModel, Tokens, Ends, Ends, Metric], dict[int, Tensor]]
-"""(model, tokens, clean residuals, ends, metric) -> layer -> mean gradient over the path, float32, on the CPU."""
+"""Layer -> the residual at which its path ends, where the layer is."""
+Gradients = Callable[[ChatModel, Tokens, Ends, Ends, Metric, int], dict[int, Tensor]]
+"""(model, tokens, clean residuals, ends, metric, most rows at once) -> layer -> mean gradient, float32, in place."""
 
 
 @dataclass(frozen=True)
@@ -108,45 +108,76 @@ def attribute(
 ) -> Attribution:
     """Attribute the metric of each prompt to SAE features: `(f~ - f) * (G . W_dec)` at every position.
 
-    `candidates` maps layers to the features wanted (all layers of `saes` and all features if None); `scheme` is
-    `sound()` if None. Method: Marks et al. 2024 as corrected in docs/method.md.
+    `candidates` maps layers to the features wanted, in memory that does not grow with the prompts; with None it is all
+    layers of `saes` and all features, and every prompt's residuals are in memory. `scheme` is `sound()` if None.
+    Method: Marks et al. 2024 as corrected in docs/method.md.
     Raises DirectionDoesNotMediate when removal flips fewer than half of the prompts.
     """
     layers = tuple(saes.layers if candidates is None else sorted(candidates))
-    traces = []
-    for done, (_, tokens) in enumerate(batches := list(model.batches(prompts, batch_size))):
-        progress("attribution: gradients", done, len(batches))
-        traces.append(trace(model, tokens, direction, layers=layers, scheme=scheme or sound()))
+    slices = {} if candidates is None else _slices(saes, candidates, progress)
+    traces: list[Trace] = []
+    found: dict[int, list[Entries]] = {layer: [] for layer in layers}
+    for start in range(0, len(prompts), batch_size):
+        progress("attribution: gradients", start, len(prompts))
+        tokens = model.tokens(prompts[start : start + batch_size])
+        made = trace(model, tokens, direction, layers=layers, scheme=scheme or sound(), at_once=batch_size)
+        for part in slices.values():
+            found[part.layer].append(entries_of(part, made))
+        # What is read already need not be kept: memory does not grow with the prompts.
+        traces.append(made.bare() if slices else made)
     check_flipped(traces)
-    entries = []
-    for done, sae in enumerate(saes.each(layers)):
+    for done, sae in enumerate(() if slices else saes.each(layers)):
         progress("attribution: features", done, len(layers))
-        entries += layer_entries(sae, traces, None if candidates is None else candidates[sae.layer])
-    return assemble(traces, entries)
+        found[sae.layer] = layer_entries(sae, traces, None if candidates is None else candidates[sae.layer])
+    return assemble(traces, [part for layer in layers for part in found[layer]])
 
 
-def trace(model: ChatModel, tokens: Tokens, direction: Direction, *, layers: Sequence[int], scheme: Scheme) -> Trace:
-    """Clean run, direction-removed run and the gradients between them, for one batch."""
+def _slices(saes: SaeBank, candidates: Mapping[int, Sequence[int]], progress: Progress) -> dict[int, SaeSlice]:
+    """The candidates' columns and rows, gathered once; none where features compete: a slice is a whole SAE then."""
+    slices = {}
+    for done, sae in enumerate(saes.each(sorted(candidates))):
+        progress("attribution: candidates", done, len(candidates))
+        slices[sae.layer] = sae.here(candidates[sae.layer])
+        if slices[sae.layer].active is not None:
+            return {}
+    return slices
+
+
+def trace(
+    model: ChatModel,
+    tokens: Tokens,
+    direction: Direction,
+    *,
+    layers: Sequence[int],
+    scheme: Scheme,
+    at_once: int | None = None,
+) -> Trace:
+    """Clean run, direction-removed run and the gradients between them, for one batch.
+
+    Nodes of the path share a pass while they fit into `at_once` rows; one node a pass if None.
+    """
     removal = editor(RemoveDirection(direction), layers=len(model.layers)).edits
     before: dict[int, Tensor] = {}
 
     def removed(layer: int) -> Edit:
         def edit(residual: Tensor, batch: Batch) -> Tensor:
             if scheme.ends_before_removal:
-                before[layer] = residual.detach().cpu()
+                before[layer] = residual.detach()
             return removal[layer](residual, batch)
 
         return edit
 
     with torch.no_grad():
-        clean = model.run(tokens, keep=layers, logits=1)
-        patched = model.run(tokens, edits={layer: removed(layer) for layer in removal}, keep=layers, logits=1)
+        clean = model.run(tokens, keep=layers, logits=1, offload=False)
+        edits = {layer: removed(layer) for layer in removal}
+        patched = model.run(tokens, edits=edits, keep=layers, logits=1, offload=False)
     ends = {layer: before[layer] for layer in layers} if scheme.ends_before_removal else patched.residuals
     metric = choose_metric(clean.logits[:, -1], patched.logits[:, -1], direction.refusal_tokens)
-    gradients = scheme.gradients(model, tokens, clean.residuals, ends, metric)
+    rows = at_once or len(tokens.prompt_ids)
+    gradients = scheme.gradients(model, tokens, clean.residuals, ends, metric, rows)
 
     def stacked(parts: Mapping[int, Tensor]) -> Tensor:
-        return torch.stack([parts[layer] for layer in layers])
+        return torch.stack([parts[layer].cpu() for layer in layers])
 
     return Trace(
         prompt_ids=tokens.prompt_ids,
@@ -192,14 +223,10 @@ def check_flipped(traces: Sequence[Trace]) -> None:
 def joint(rule: Quadrature) -> Gradients:
     """All layers mixed at once, every layer's gradient handed straight through."""
 
-    def gradients(model: ChatModel, tokens: Tokens, clean: Ends, ends: Ends, metric: Metric) -> dict[int, Tensor]:
-        total = {layer: torch.zeros_like(part, dtype=torch.float32) for layer, part in clean.items()}
-        for node, weight in zip(rule.nodes, rule.weights, strict=True):
-            for layer, part in _slopes(
-                model, tokens, {layer: _mixed(end, node) for layer, end in ends.items()}, metric
-            ):
-                total[layer] += weight * part
-        return total
+    def gradients(
+        model: ChatModel, tokens: Tokens, clean: Ends, ends: Ends, metric: Metric, rows: int
+    ) -> dict[int, Tensor]:
+        return _mean_slopes(model, tokens, _start(model, clean, ends), ends, metric, rule, rows)
 
     return gradients
 
@@ -207,42 +234,81 @@ def joint(rule: Quadrature) -> Gradients:
 def one_layer_at_a_time(rule: Quadrature) -> Gradients:
     """Each layer on its own path from its clean residual to its end, all layers above it answering."""
 
-    def gradients(model: ChatModel, tokens: Tokens, clean: Ends, ends: Ends, metric: Metric) -> dict[int, Tensor]:
-        total = {layer: torch.zeros_like(part, dtype=torch.float32) for layer, part in clean.items()}
+    def gradients(
+        model: ChatModel, tokens: Tokens, clean: Ends, ends: Ends, metric: Metric, rows: int
+    ) -> dict[int, Tensor]:
+        found = {}
         for layer, end in ends.items():
-            for node, weight in zip(rule.nodes, rule.weights, strict=True):
-                for _, part in _slopes(model, tokens, {layer: _mixed(end, node)}, metric):
-                    total[layer] += weight * part
-        return total
+            start, alone = _start(model, clean, {layer: end}), {layer: end}
+            found |= _mean_slopes(model, tokens, start, alone, metric, rule, rows)
+        return found
 
     return gradients
 
 
-def _mixed(end: Tensor, node: float) -> Callable[[Tensor], Tensor]:
-    """`z + (a (end - z)).detach()`: the mixture forward, the identity backward."""
-    return lambda residual: residual + (node * (end.to(residual) - residual)).detach()
+def _start(model: ChatModel, clean: Ends, ends: Ends) -> Given | None:
+    """Nothing below the lowest layer that moves need be run again: a 22nd of all work with 6 layers moved at once."""
+    lowest = min(ends)
+    return Given(lowest, clean[lowest]) if model.resumable else None
+
+
+def _mean_slopes(
+    model: ChatModel,
+    tokens: Tokens,
+    start: Given | None,
+    ends: Ends,
+    metric: Metric,
+    rule: Quadrature,
+    rows: int,
+) -> dict[int, Tensor]:
+    """The rule's mean of d metric / d output of every layer that moves to its end, float32, where the layer is.
+
+    Several nodes share a pass while their rows do not exceed `rows`: for one prompt of 16 tokens .11 s instead of .22
+    (width 512, 6 layers, two cores), for 8 prompts of 64 no difference.
+    """
+    total = {layer: torch.zeros_like(end, dtype=torch.float32) for layer, end in ends.items()}
+    prompts = max(1, len(tokens.prompt_ids))
+    size = max(1, rows // prompts)
+    path = torch.tensor([rule.nodes, rule.weights], dtype=torch.float64)
+    for nodes, weights in path.split(size, dim=1):
+        for layer, part in _slopes(model, tokens, start, ends, nodes, metric):
+            parts = part.float().unflatten(0, (len(nodes), prompts))
+            total[layer] += torch.einsum("n,npqd->pqd", weights.to(parts), parts)
+    return total
 
 
 def _slopes(
-    model: ChatModel, tokens: Tokens, mixtures: Mapping[int, Callable[[Tensor], Tensor]], metric: Metric
-) -> list[tuple[int, Tensor]]:
-    """d metric / d output of each mixed layer, in one forward and one backward."""
+    model: ChatModel,
+    tokens: Tokens,
+    start: Given | None,
+    ends: Ends,
+    nodes: Float[Tensor, "node"],
+    metric: Metric,
+) -> list[tuple[int, Float[Tensor, "node_prompt position d_model"]]]:
+    """d metric / d output of each layer mixed with its end, in one forward and one backward for all `nodes`."""
     outputs: dict[int, Tensor] = {}
+    count = len(nodes)
+    share = nodes.repeat_interleave(len(tokens.prompt_ids))[:, None, None]
 
     def mix(layer: int) -> Edit:
         def edit(residual: Tensor, batch: Batch) -> Tensor:
-            mixed = mixtures[layer](residual)
+            # `z + (a (end - z)).detach()`: the mixture forward, the identity backward.
+            end = ends[layer].repeat(count, 1, 1)
+            own = share.to(residual.device, torch.promote_types(residual.dtype, torch.float32))
+            mixed = residual + (own * (end - residual)).detach().to(residual.dtype)
             outputs[layer] = mixed if mixed.requires_grad else mixed.requires_grad_(True)
             return outputs[layer]
 
         return edit
 
     with torch.enable_grad():
-        logits = model.run(tokens, edits={layer: mix(layer) for layer in mixtures}, logits=1).logits[:, -1]
-        rows = torch.arange(len(logits))
-        total = (logits[rows, metric.answer.to(logits.device)] - logits[rows, metric.refusal.to(logits.device)]).sum()
-        gradients = torch.autograd.grad(total, list(outputs.values()))
-    return [(layer, part.float().cpu()) for layer, part in zip(outputs, gradients, strict=True)]
+        edits = {layer: mix(layer) for layer in ends}
+        given = None if start is None else start.repeated(count)
+        logits = model.run(tokens.repeated(count), edits=edits, logits=1, given=given).logits[:, -1]
+        chosen = torch.stack([metric.answer, metric.refusal], 1).repeat(count, 1).to(logits.device)
+        answer, refusal = logits.gather(1, chosen).unbind(1)
+        gradients = torch.autograd.grad((answer - refusal).sum(), list(outputs.values()))
+    return list(zip(outputs, gradients, strict=True))
 
 
 class NodeCheck(NamedTuple):

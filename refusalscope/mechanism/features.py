@@ -17,7 +17,7 @@ from refusalscope.core.scores import Attribution, Scores, Trace
 from refusalscope.core.types import Direction, Feature, FeatureSet, Prompts, SaeSlice, ordered_features
 from refusalscope.inputs.chat import ChatModel, scored
 from refusalscope.inputs.saes import LayerSae
-from refusalscope.mechanism.reading import at_layer
+from refusalscope.mechanism.reading import moved
 
 PER_LAYER = 10
 """K0: candidates per layer (published)."""
@@ -108,7 +108,7 @@ class _Traced(Mapping[int, Tensor]):
 def survey(sae: LayerSae, harmful: Residuals, direction: Direction, *, keep: int) -> LayerSurvey:
     """Cosine and mean activation of every feature; the `keep` best by cosine are the layer's candidates."""
     total = torch.zeros(sae.size, dtype=torch.float64)
-    for _, part in _chunks(harmful, sae.layer, sae.size):
+    for _, part in _chunks(harmful, sae.layer, sae.size, sae.device):
         total += sae.encode(part).double().sum(0).cpu()
     mean = (total / max(1, len(harmful.prompt))).float()
     return LayerSurvey(sae.layer, by_cosine(sae, direction, keep), mean)
@@ -122,16 +122,16 @@ def highest(
     In residual units, unless `encode` reads activations otherwise.
     """
     best = torch.zeros(len(residuals.prompt_ids), len(sae.features) if isinstance(sae, SaeSlice) else sae.size)
-    for owners, part in _chunks(residuals, sae.layer, best.shape[1]):
+    for owners, part in _chunks(residuals, sae.layer, best.shape[1], sae.decoder.device):
         active = (encode or sae.encode)(part)
         for prompt in owners.unique().tolist():
             best[prompt] = torch.maximum(best[prompt], active[owners == prompt].amax(0).cpu())
     return best
 
 
-def _chunks(residuals: Residuals, layer: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(residuals: Residuals, layer: int, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Which prompts a chunk of tokens belongs to, and its residuals: encoded whole, a data set would not fit."""
-    tokens = at_once(size)
+    tokens = at_once(size, device)
     yield from zip(residuals.prompt.split(tokens), residuals.layers[layer].split(tokens), strict=True)
 
 
@@ -185,28 +185,29 @@ def layer_scores(
     mean and every prompt's own `k` best, so that choosing up to `k` of all layers, for each prompt or for all, misses
     none. Prompts that removal did not flip are left out.
     """
-    rows = []
+    whole = sae.here(None)
+    total, columns = torch.zeros(sae.size, dtype=torch.float64), set()
     for batch in traces:
-        inside = where(batch.roles)
-        owners = inside.nonzero(as_tuple=True)[0]
-        clean, patched, slope = (at_layer(batch, name, sae)[inside] for name in ("clean", "patched", "gradient"))
-        total = torch.zeros(len(inside), sae.size)
-        for part in torch.arange(len(owners)).split(at_once(sae.size)):
-            delta = sae.encode(patched[part]) - sae.encode(clean[part])
-            total.index_add_(0, owners[part], (delta * (slope[part] @ sae.decoder.T)).cpu())
-        rows.append((total / (inside.sum(1)[:, None] if over is None else over))[batch.flipped])
-    values = torch.cat(rows)
+        scores = _batch_scores(whole, batch, where, over)
+        total += scores.double().sum(0)
+        columns.update(scores.topk(min(k, sae.size), dim=1).indices.flatten().tolist())
+    columns.update(total.topk(min(KEPT, sae.size)).indices.tolist())
+    # Read a second time, these columns alone: every prompt's scores of all features would grow with the prompts.
+    part = sae.here(sorted(columns))
+    values = torch.cat([_batch_scores(part, batch, where, over) for batch in traces])
+    inside = (values != 0).any(0)
     ids = tuple(n for part in traces for n, kept in zip(part.prompt_ids, part.flipped.tolist(), strict=True) if kept)
-    return _kept("attribution", ids, sae.layer, values, k)
+    features = tuple(Feature(sae.layer, i) for i in part.features[inside].tolist())
+    return Scores("attribution", ids, features, values[:, inside])
 
 
-def _kept(method: str, ids: tuple[str, ...], layer: int, values: Float[Tensor, "prompt d_sae"], k: int) -> Scores:
-    size = values.shape[1]
-    best = values.mean(0).topk(min(KEPT, size)).indices
-    own = values.topk(min(k, size), dim=1).indices.flatten()
-    columns = torch.cat([best, own]).unique()
-    columns = columns[(values[:, columns] != 0).any(0)]
-    return Scores(method, ids, tuple(Feature(layer, i) for i in columns.tolist()), values[:, columns])
+def _batch_scores(part: SaeSlice, batch: Trace, where: Where, over: int | None) -> Float[Tensor, "flipped k"]:
+    """The scores of a slice's features in one batch."""
+    inside = where(batch.roles)
+    moves, size = moved(part, batch, inside), len(part.features)
+    cells = inside.nonzero(as_tuple=True)[0][moves.token] * size + moves.column
+    total = torch.zeros(len(inside) * size).index_add_(0, cells, moves.value).view(len(inside), size)
+    return (total / (inside.sum(1)[:, None] if over is None else over))[batch.flipped]
 
 
 def join(parts: Sequence[Scores]) -> Scores:

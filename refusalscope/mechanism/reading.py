@@ -3,12 +3,13 @@
 One layer's SAE at a time, a chunk of tokens at a time. Knows nothing of how the traces' gradients were taken.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from refusalscope.core.encoding import at_once
@@ -17,6 +18,11 @@ from refusalscope.core.types import SaeSlice
 from refusalscope.inputs.chat import scored
 from refusalscope.inputs.saes import LayerSae
 from refusalscope.inputs.template import Role
+
+# torch gives notice once per process that compressed rows are new; filters set later hold for one thread alone.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+    torch.zeros(1, 1).to_sparse_csr()
 
 
 class Entries(NamedTuple):
@@ -35,33 +41,44 @@ def layer_entries(sae: LayerSae, traces: Sequence[Trace], features: Sequence[int
 
     With `features` only theirs are read.
     """
-    part = sae if features is None else sae.here(features)
-    index = torch.arange(sae.size) if isinstance(part, LayerSae) else part.features.cpu()
-    made = []
-    for batch in traces:
-        inside = batch.roles != Role.PADDING
-        ways = (at_layer(batch, name, sae)[inside] for name in ("clean", "patched", "gradient"))
-        token, column, value = _moves(part, *ways)
-        prompt, position = (axis[token] for axis in inside.nonzero(as_tuple=True))
-        made.append(Entries(sae.layer, prompt, position - inside.shape[1], index[column], value))
-    return made
+    part = sae.here(features)
+    return [entries_of(part, batch) for batch in traces]
 
 
-def _moves(
-    part: LayerSae | SaeSlice,
-    clean: Float[Tensor, "token d_model"],
-    patched: Float[Tensor, "token d_model"],
-    slope: Float[Tensor, "token d_model"],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Token, column and attribution of every activation that moved, on the CPU; a chunk of tokens at a time."""
-    found = []
-    for inside in torch.arange(len(clean)).split(at_once(len(part.decoder))):
-        delta = part.encode(patched[inside]) - part.encode(clean[inside])
-        token, column = delta.nonzero(as_tuple=True)
-        value = (delta * (slope[inside] @ part.decoder.T))[token, column]
-        found.append((inside[token.cpu()], column.cpu(), value.cpu()))
-    tokens, columns, values = zip(*found, strict=True)
-    return torch.cat(tokens), torch.cat(columns), torch.cat(values)
+def entries_of(part: SaeSlice, batch: Trace) -> Entries:
+    """The same of one batch, for the features of a slice."""
+    inside = batch.roles != Role.PADDING
+    moves = moved(part, batch, inside)
+    prompt, position = (axis[moves.token] for axis in inside.nonzero(as_tuple=True))
+    return Entries(part.layer, prompt, position - inside.shape[1], part.features.cpu()[moves.column], moves.value)
+
+
+class Moves(NamedTuple):
+    """Every activation that differs between the runs of a trace, on the CPU."""
+
+    token: Int[Tensor, "move"]
+    """Row among the tokens that were looked at."""
+    column: Int[Tensor, "move"]
+    """Column of the slice."""
+    value: Float[Tensor, "move"]
+    """`(f~ - f) (G . W_dec)`."""
+
+
+def moved(part: SaeSlice, batch: Trace, inside: Bool[Tensor, "prompt position"]) -> Moves:
+    """The moves of a slice's features at the tokens `inside`, a chunk of tokens at a time.
+
+    Only the decoder rows of what moved are read: at 512 tokens of 16,384 features, 50 of them active, the product took
+    2 ms, with all rows 60.
+    """
+    ways = (at_layer(batch, name, part)[inside] for name in ("clean", "patched", "gradient"))
+    size, start, found = at_once(part.encoder.shape[1], part.decoder.device), 0, []
+    for clean, patched, slope in zip(*(way.split(size) for way in ways), strict=True):
+        change = (part.encode(patched) - part.encode(clean)).to_sparse_csr()
+        along = torch.sparse.sampled_addmm(change, slope, part.decoder.T, beta=0.0)
+        token = torch.arange(start, start + len(clean)).repeat_interleave(change.crow_indices().diff().cpu())
+        found.append(Moves(token, change.col_indices().cpu(), (change.values() * along.values()).cpu()))
+        start += len(clean)
+    return Moves(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 class LayerTotals(NamedTuple):
@@ -73,30 +90,27 @@ class LayerTotals(NamedTuple):
 
 
 def layer_totals(sae: LayerSae, traces: Sequence[Trace]) -> LayerTotals:
-    """`G . ((F~ - F) W_dec)`, and `G` times the rest of the residual's way: that of the SAE's error term.
+    """All features' attributions together, and `G` times the rest of the residual's way: that of the SAE's error term.
 
     What a token's own normalisation adds back beside its features (`s b_dec + mu`) moves with the rest.
     """
+    part = sae.here(None)
     features, errors = [], []
     for batch in traces:
         inside = batch.roles != Role.PADDING
-        clean, patched, slope = (at_layer(batch, name, sae)[inside] for name in ("clean", "patched", "gradient"))
-        end = patched if batch.end is None else at_layer(batch, "end", sae)[inside]
-        decoded = torch.cat(
-            [
-                (sae.encode(patched[part]) - sae.encode(clean[part])) @ sae.decoder
-                for part in torch.arange(len(clean)).split(at_once(sae.size))
-            ]
-        )
-        prompt = inside.nonzero(as_tuple=True)[0]
-        for sums, change in ((features, decoded), (errors, end - clean - decoded)):
-            sums.append(torch.zeros(len(inside)).index_add_(0, prompt, (slope * change).sum(-1).cpu()))
+        owners = inside.nonzero(as_tuple=True)[0]
+        moves = moved(part, batch, inside)
+        clean, slope = (at_layer(batch, name, part)[inside] for name in ("clean", "gradient"))
+        end = at_layer(batch, "patched" if batch.end is None else "end", part)[inside]
+        whole = torch.zeros(len(inside)).index_add_(0, owners, (slope * (end - clean)).sum(-1).cpu())
+        features.append(torch.zeros(len(inside)).index_add_(0, owners[moves.token], moves.value))
+        errors.append(whole - features[-1])
     return LayerTotals(sae.layer, torch.cat(features), torch.cat(errors))
 
 
-def at_layer(batch: Trace, name: str, sae: LayerSae) -> Float[Tensor, "prompt position d_model"]:
-    """One tensor of a trace at the SAE's layer, float32, where the SAE is."""
-    return getattr(batch, name)[batch.layers.index(sae.layer)].float().to(sae.device)
+def at_layer(batch: Trace, name: str, part: SaeSlice) -> Float[Tensor, "prompt position d_model"]:
+    """One tensor of a trace at the slice's layer, float32, where the slice is."""
+    return getattr(batch, name)[batch.layers.index(part.layer)].to(part.decoder.device).float()
 
 
 def assemble(traces: Sequence[Trace], entries: Sequence[Entries]) -> Attribution:

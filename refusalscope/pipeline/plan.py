@@ -232,7 +232,7 @@ def make(
     held = Held(0 if known.is_mapped else known.weights).plus(Held(own, OWN + own // 2))
     mapped = (known.weights if known.is_mapped else 0) + (size if maps else 0)
     room = Held(int(SHARE * free.device), int(SHARE * free.host) - mapped)
-    stages = _stages(known, work, sae.size, heap=HEAP if shared else 1.0)
+    stages = _stages(known, work, sae.size, shared=shared)
 
     def fits(fixed: Held, stage: Stage, batch: int) -> bool:
         return fixed.plus(stage.at(batch)).within(room, shared=shared)
@@ -248,7 +248,7 @@ def make(
     return Plan(name, device, free, fixed, known.weights, size, mapped, ahead, stages, given)
 
 
-def _stages(known: Footprint, work: Work, size: int, *, heap: float) -> dict[str, Stage]:
+def _stages(known: Footprint, work: Work, size: int, *, shared: bool) -> dict[str, Stage]:
     """Stage -> what it holds. The factors are counted off the functions that are named."""
     vocabulary = known.vocabulary * FLOAT
     whole = work.longest + work.answer
@@ -257,9 +257,10 @@ def _stages(known: Footprint, work: Work, size: int, *, heap: float) -> dict[str
     scored = max(work.answer + 1, DOCUMENT_TOKENS if work.documents else 0)
     trace = known.layers * work.fitting * known.width * FLOAT
     # Encoding a layer whole (`reading`, `features`): two sets of activations, their difference, two products.
-    reading = 5 * at_once(size) * size * FLOAT
-    # `attribution.trace`: the graph; clean and patched residuals and the sum of the gradients.
-    gradients = Held(int(heap * known.gradient(work.fitting).peak) + 3 * vocabulary, 3 * trace)
+    reading = 5 * at_once(size, "cpu" if shared else "cuda") * size * FLOAT
+    # `attribution.trace`: the graph; clean and patched residuals and the mean gradient, on a card and then off it.
+    graph = int((HEAP if shared else 1) * known.gradient(work.fitting).peak)
+    gradients = Held(graph + 3 * vocabulary + (0 if shared else 3 * trace), 3 * trace)
     return {
         # `direction.find`: last logits of the validation prompts, unedited and edited, and what KL makes of them.
         "direction": Stage(
