@@ -6,7 +6,7 @@ WORKERS ?= 2
 TORCH := $(shell grep '^torch==' requirements.lock)
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow lint notebook lock clean
+.PHONY: demo test test-slow lint notebook bench bench-check lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/refusalscope run testbed --name demo
@@ -27,6 +27,20 @@ lint: $(INSTALLED)
 # Cells that did not change keep their ids.
 notebook: $(INSTALLED)
 	$(BIN)/jupytext --to ipynb --update notebooks/*.py
+
+# A quarter of an hour on two idle cores. At its toy size the GPU's benchmark only shows that it runs.
+bench: $(INSTALLED)
+	$(call measured,benchmarks/results)
+	$(BIN)/python benchmarks/gpu.py --size toy > /dev/null
+	$(BIN)/python benchmarks/document.py
+
+bench-check: $(INSTALLED)
+	into=$$(mktemp -d) && trap 'rm -rf "$$into"' EXIT; \
+	$(call measured,"$$into") && $(BIN)/python benchmarks/check.py "$$into"
+
+BENCHMARKS := attribution generation scaling pipeline quadrature
+measured = for name in $(BENCHMARKS); do \
+	  $(BIN)/python benchmarks/$$name.py --size small --json $(1)/$$name.json || exit 1; done
 
 # torch comes first and with its dependencies, since its build for a GPU brings packages that the lock doesn't name;
 # after it the lock is complete, so nothing is left to resolve.

@@ -41,18 +41,22 @@ DEFAULT = ("Gauss-Legendre", attribution.NODES)
 
 
 class Size(NamedTuple):
-    """Prompts attributed, those of a class that the direction is fitted on, passes of each rule, of the reference."""
+    """Prompts attributed, those of a class that the direction is fitted on, passes of each rule, of the reference.
+
+    And how many layers the random model has.
+    """
 
     prompts: int
     fitted: int
     counts: tuple[int, ...]
     reference: int
+    layers: int
 
 
 SIZES = {
-    "toy": Size(2, 24, (1, 5, 10), 16),
-    "small": Size(8, 128, tuple(range(1, 21)), 256),
-    "full": Size(64, 128, tuple(range(1, 21)), 256),
+    "toy": Size(2, 24, (1, 5, 10), 12, 2),
+    "small": Size(8, 128, tuple(range(1, 21)), 256, 6),
+    "full": Size(64, 128, tuple(range(1, 21)), 256, 6),
 }
 
 
@@ -106,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def result(size: Size) -> dict[str, Any]:
     """Every rule on both paths in float32, and the default rule on the testbed's in float64."""
     counts = list(product(RULES, size.counts))
-    paths = [on_testbed(size), off_manifold(size.prompts)]
+    paths = [on_testbed(size), off_manifold(size)]
     exact = {path.name: exactly(path, size.reference) for path in paths}
     found = {path.name: errors(path, exact[path.name], counts) for path in paths}
     alone = [(rule, count) for rule, count in counts if rule == DEFAULT[0]]
@@ -139,13 +143,13 @@ def on_testbed(size: Size) -> Path:
     return Path("testbed", model, asked.keep(refused[: size.prompts]), fitted, saes)
 
 
-def off_manifold(count: int) -> Path:
+def off_manifold(size: Size) -> Path:
     """A random Llama with weights 15 times the usual, and the mean residual of its middle layer as the direction."""
     torch.manual_seed(0)
-    model = synthetic.llama(Shape(6, 128), initializer_range=0.3)
-    asked = synthetic.asked(model, count)
-    middle = model.run(model.tokens(asked), keep=[3]).residuals[3][:, -1].mean(0)
-    return Path("off the manifold", model, asked, Direction(middle, 3, torch.zeros(6), (0,), (), {}))
+    model = synthetic.llama(Shape(size.layers, 128), initializer_range=0.3)
+    asked, middle = synthetic.asked(model, size.prompts), size.layers // 2
+    mean = model.run(model.tokens(asked), keep=[middle]).residuals[middle][:, -1].mean(0)
+    return Path("off the manifold", model, asked, Direction(mean, middle, torch.zeros(size.layers), (0,), (), {}))
 
 
 def in_float64(path: Path) -> Path:
@@ -189,11 +193,12 @@ def relative(one: Tensor, exact: Tensor) -> float:
 def mean_gradient(path: Path, trace: Trace, rule: Quadrature) -> Float64[Tensor, "layer prompt position d_model"]:
     """`joint`'s, node by node, summed in float64."""
     tokens = path.model.tokens(path.prompts)
-    ends = dict(zip(trace.layers, trace.patched, strict=True))
+    clean, ends = (dict(zip(trace.layers, part, strict=True)) for part in (trace.clean, trace.patched))
     metric = Metric(trace.answer, trace.refusal, trace.metric_clean, trace.metric_patched, trace.flipped)
     total = torch.zeros(trace.clean.shape, dtype=torch.float64)
     for node, weight in zip(rule.nodes, rule.weights, strict=True):
-        at_node = attribution.joint(Quadrature((node,), (1.0,)))(path.model, tokens, ends, metric, len(tokens.ids))
+        at = attribution.joint(Quadrature((node,), (1.0,)))
+        at_node = at(path.model, tokens, clean, ends, metric, len(tokens.ids))
         total += weight * torch.stack([at_node[layer] for layer in trace.layers])
     return total
 

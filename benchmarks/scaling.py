@@ -35,8 +35,6 @@ from refusalscope.mechanism import attribution, features
 CANDIDATES, K = 10, 20
 WAYS = ("candidates", "all features")
 LINEAR, FLAT = 1.05, 0.05
-ENOUGH = 1.0
-"""Seconds after which a point has been timed often enough."""
 
 
 class Point(NamedTuple):
@@ -50,11 +48,15 @@ class Point(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The point that every axis passes through, the axes, how often each point is visited, and what never moves."""
+    """The point that every axis passes through, the axes, and what never moves.
+
+    Every point is visited so many times, and each time timed until `seconds` are over.
+    """
 
     start: Point
     axes: Mapping[str, tuple[int, ...]]
     visits: int
+    seconds: float
     width: int
     batch: int
 
@@ -90,9 +92,9 @@ AXES = {
 }
 TOY = {"prompts": (2, 4, 8), "steps": (1, 2, 4)}
 SIZES = {
-    "toy": Plan(Point(2, 12, 2, 128, 1), TOY, visits=1, width=64, batch=2),
-    "small": Plan(Point(64, 16, 4, 2048, 5), AXES, visits=1, width=128, batch=32),
-    "full": Plan(Point(64, 32, 6, 4096, 5), AXES, visits=3, width=256, batch=32),
+    "toy": Plan(Point(2, 12, 2, 128, 1), TOY, visits=1, seconds=0, width=64, batch=2),
+    "small": Plan(Point(64, 16, 4, 2048, 5), AXES, visits=1, seconds=1, width=128, batch=32),
+    "full": Plan(Point(64, 32, 6, 4096, 5), AXES, visits=3, seconds=1, width=256, batch=32),
 }
 
 
@@ -110,14 +112,13 @@ def apart(stops: Sequence[tuple[Plan, str, int, str]]) -> Iterator[Found]:
     """Each stop in a process of its own."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["sae_lens", "transformers.models.llama.modeling_llama", "refusalscope"])
-    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:
+    with ProcessPoolExecutor(1, context, torch.set_flush_denormal, (True,), max_tasks_per_child=1) as processes:
         yield from processes.map(visit, stops)
 
 
 def visit(stop: tuple[Plan, str, int, str]) -> Found:
     """Measure a point of an axis, the axis aside as at the start."""
     plan, axis, value, way = stop
-    torch.set_flush_denormal(True)
     point = plan.start._replace(**{axis: value})
     with TemporaryDirectory() as folder:
         bench = synthetic.load(Shape(point.layers, plan.width, point.d_sae, 1, point.positions), Path(folder))
@@ -129,17 +130,17 @@ def visit(stop: tuple[Plan, str, int, str]) -> Found:
 
         # Whatever is set up once, by the first forward, backward or read, is no part of what grows.
         run(prompts[: plan.batch])()
-        return Found(axis, value, way, *measured(run(prompts), Path(folder)))
+        return Found(axis, value, way, *measured(run(prompts), plan.seconds, Path(folder)))
 
 
-def measured(run: Callable[[], None], folder: Path) -> tuple[float, float, float]:
+def measured(run: Callable[[], None], enough: float, folder: Path) -> tuple[float, float, float]:
     """Median seconds, the peak in MiB of the first of the runs timed, and that of tensors in a run of its own."""
     gc.collect()
     give_back()
     seconds = []
     with measuring.peak() as peak:
         seconds.append(measuring.timed(run))
-    while sum(seconds) < ENOUGH:
+    while sum(seconds) < enough:
         seconds.append(measuring.timed(run))
     return median(seconds), peak.megabytes, measuring.tensors(run, folder)
 
