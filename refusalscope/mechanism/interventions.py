@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from refusalscope.core.types import Direction, FeatureSet, Prompts, SaeSlice, layers_of
@@ -98,8 +98,9 @@ class Editor:
         """Positions (padding excluded) whose residual moved, summed over layers and calls."""
         return int(sum(int(count) for count in self._counts))
 
-    def count(self, moved: Bool[Tensor, "prompt position"], batch: Batch) -> None:
-        self._counts.append((moved & (batch.roles != Role.PADDING)).sum())
+    def count(self, change: Shaped[Tensor, "prompt position"], batch: Batch) -> None:
+        """Count the positions at which `change` is not zero."""
+        self._counts.append(torch.where(batch.roles == Role.PADDING, 0, change).count_nonzero())
 
 
 def needed_features(intervention: Intervention | None) -> dict[int, list[int]]:
@@ -218,18 +219,19 @@ def _in_turn(first: Edit, then: Edit) -> Edit:
 
 def _remove(unit: Float[Tensor, "d_model"], offset: Float[Tensor, ""], made: Editor) -> Edit:
     def edit(residual: Tensor, batch: Batch) -> Tensor:
-        u = unit.to(residual.device)
+        u, stays = unit.to(residual.device), offset.to(residual.device)
         # The projection is taken in float32: in bfloat16 removal would leave a visible remainder.
-        excess = residual.float() @ u - offset.to(residual.device)
-        made.count(excess != 0, batch)
-        return (residual.float() - excess[..., None] * u).to(residual.dtype)
+        exact = residual.float()
+        excess = torch.matmul(exact, u).sub_(stays)
+        made.count(excess, batch)
+        return torch.addcmul(exact, excess[..., None], u, value=-1).to(residual.dtype)
 
     return edit
 
 
 def _add(vector: Float[Tensor, "d_model"], made: Editor) -> Edit:
     def edit(residual: Tensor, batch: Batch) -> Tensor:
-        made.count(torch.ones_like(batch.roles, dtype=torch.bool), batch)
+        made.count(torch.ones_like(batch.roles), batch)
         return residual + vector.to(residual)
 
     return edit
@@ -282,13 +284,12 @@ def _activations(part: SaeSlice, features: Sets, rule: Rule, made: Editor) -> Ed
             placed[residual.device] = here
         chosen = members(batch.prompt_ids).to(residual.device)
         own, scale = here.read(residual)
-        active = own * scale
+        active = own if part.normalisation == "none" else own * scale
         change = (rule(active, scale, batch) - active) * chosen[:, None, :]
-        moved = (change != 0).any(-1)
-        made.count(moved, batch)
-        # Untouched positions keep their bits: adding a zero vector in another type would round them.
-        edited = (residual.float() + change @ here.decoder).to(residual.dtype)
-        return torch.where(moved[..., None], edited, residual)
+        made.count(change.any(-1), batch)
+        # The sum is taken in float32 or better: where nothing changes, adding zero leaves every bit in its place.
+        exact = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        return (exact + change @ here.decoder).to(residual.dtype)
 
     return edit
 
