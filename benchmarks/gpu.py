@@ -31,6 +31,7 @@ from refusalscope.core.memory import is_out_of_memory
 
 T = TypeVar("T")
 BARS_OF = "gemma-2-2b"
+INFINITE = float("inf")
 FITS = {None: "", True: "yes", False: "no"}
 NOTE = (
     "Share: of the time, what the matrix products alone would take at the measured rates. Tokens: of the answers. "
@@ -83,6 +84,8 @@ def apart(name: str, cap: int, size: str, device: str) -> Found:
     if done.returncode:
         broken = [Case(case, f"the process ended with code {done.returncode}") for case in CASES]
         return Found(name, cap, None, Rates(0, 0, 0), broken)
+    # Whatever ends the others, this is known.
+    print(done.stdout, file=sys.stderr, flush=True)
     return parsed(done.stdout)
 
 
@@ -100,6 +103,7 @@ def measure(name: str, cap: int, load: Load, device: str, shape: Shape) -> Found
         whole = torch.cuda.get_device_properties(device).total_memory
         # Of the current device: `cuda` names none by number.
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap * GIBIBYTE / whole))
+        load = load._replace(rounds=1)
     rig, why = attempt(lambda: gpu_cases.rigged(shape, load, device, plan))
     cases = []
     for case, do in CASES.items():
@@ -149,16 +153,18 @@ def bars(cases: Mapping[tuple[str, int, str], Case]) -> list[dict[str, Any]]:
 
     def seconds(name: str) -> float:
         case = cases[BARS_OF, 0, name]
-        return float("inf") if case.failed else case.seconds
+        return INFINITE if case.failed else case.seconds
 
     caps = {cap for model, cap, _ in cases if model == BARS_OF}
     small = cases[BARS_OF, 16 if 16 in caps else 0, "whole chain"]
     return [
-        bar("seconds: candidates of 100 prompts of 64 positions", seconds("candidates"), most=2.5),
-        bar("the same, share of the measured bfloat16 rate", cases[BARS_OF, 0, "candidates"].share, least=0.45),
-        bar("seconds: all features of these prompts", seconds("all features"), most=8.0),
-        bar("seconds: 100 answers of 256 tokens, edited", seconds("answers under feature edits"), most=9.0),
-        bar("GiB of the whole chain", float("inf") if small.failed else small.megabytes / 1024, most=16.0),
+        bar(f"{BARS_OF}: seconds for candidates of 100 prompts of 64 tokens", seconds("candidates"), most=2.5),
+        bar(f"{BARS_OF}: the same, share of the card's rate", cases[BARS_OF, 0, "candidates"].share, least=0.45),
+        bar(f"{BARS_OF}: seconds for all features of these prompts", seconds("all features"), most=8.0),
+        bar(
+            f"{BARS_OF}: seconds for 100 edited answers of 256 tokens", seconds("answers under feature edits"), most=9.0
+        ),
+        bar(f"{BARS_OF}: GiB of the whole chain", INFINITE if small.failed else small.megabytes / 1024, most=16.0),
     ]
 
 
