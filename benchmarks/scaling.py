@@ -90,7 +90,7 @@ AXES = {
     "d_sae": (1024, 2048, 4096, 8192, 16384),
     "steps": (1, 2, 4, 8, 16),
 }
-TOY = {"prompts": (2, 4, 8), "steps": (1, 2, 4)}
+TOY = {"prompts": (2, 4), "steps": (1, 2)}
 SIZES = {
     "toy": Plan(Point(2, 12, 2, 128, 1), TOY, visits=1, seconds=0, width=64, batch=2),
     "small": Plan(Point(64, 16, 4, 2048, 5), AXES, visits=1, seconds=1, width=128, batch=32),

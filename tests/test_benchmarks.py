@@ -5,13 +5,14 @@ Their toy sizes, in this process: what is found at these is no figure of anythin
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ("quadrature", "scaling")
+MEASURED = ("attribution", "quadrature", "scaling")
 
 
 @pytest.fixture
@@ -42,8 +43,12 @@ def _made(folder: Path, name: str = "made", **ratios: float) -> Path:
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_a_benchmark_runs_and_its_result_is_printed(name: str, script: Any, tmp_path: Path) -> None:
-    found = script(name).main(["--size", "toy", "--json", str(tmp_path / f"{name}.json")])
+def test_a_benchmark_runs_and_its_result_is_printed(
+    name: str, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--size", "toy", "--json", str(tmp_path / f"{name}.json")])
+    script(name).main()
+    found = json.loads((tmp_path / f"{name}.json").read_text())
     assert found["benchmark"] == name
     assert found["ratios"] or found["bars"]
     document = script("document")
