@@ -188,9 +188,9 @@ def _ladder(rungs: Mapping[str, Rung]) -> dict[str, Any]:
     columns = ["layers", "d_model", "d_sae", "prompts", "positions", "nodes", *PUBLISHED, *OURS]
     columns += [f"{name} over {way}" for way in OURS for name in PUBLISHED]
     note = (
-        "Random Llama models in the proportions of Llama 2, random JumpReLU SAEs that fire about 50 features a token. The "
-        "last column is the largest relative difference of ours from (a) and (b), and how many activations moved in one "
-        "of the two alone, being within rounding of their threshold."
+        "Random Llama models in the proportions of Llama 2, random JumpReLU SAEs that fire about 50 features a token. "
+        "The last column is the largest relative difference of ours from (a) and (b), and how many activations moved "
+        "in one of the two alone, being within rounding of their threshold."
     )
     return table("The ladder; its first rung is the one that is promised", [*columns, "difference"], rows, note)
 

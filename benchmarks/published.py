@@ -1,9 +1,9 @@
 """Attribution as published, for its price: the SAE of every layer in the graph, at every step (method 3).
 
-`attribute` encodes, mixes and decodes features at every layer and node, lets autograd go back through all of it, and then
-hands each layer's gradient straight through by hooks, as the published code does. `careless` is whether it also keeps
-what a first version keeps: gradients of all parameters, logits at all positions. The path ends after each layer's own
-removal, not before it as published: the work is the same, and so are then the results.
+`attribute` encodes, mixes and decodes features at every layer and node, lets autograd go back through all of it, and
+then hands each layer's gradient straight through by hooks, as the published code does. `careless` is whether it also
+keeps what a first version keeps: gradients of all parameters, logits at all positions. The path ends after each layer's
+own removal, not before it as published: the work is the same, and so are then the results.
 """
 
 from collections.abc import Mapping

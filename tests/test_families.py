@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from refusalscope.core.types import Prompts
-from refusalscope.inputs.chat import ChatModel, Given
+from refusalscope.inputs.chat import Batch, ChatModel, Given
 from refusalscope.mechanism.attribution import gradient, trace
 from tests import families, tiny
 
@@ -93,6 +93,27 @@ def test_a_run_goes_on_from_a_known_residual(model: ChatModel) -> None:
     assert torch.equal(whole.residuals[2], resumed.residuals[2])
     assert torch.equal(model.run(tokens, edits=edits, logits=1).logits, whole.logits)
     assert not any("forward" in vars(layer) for layer in model.layers)
+
+
+def test_the_last_layers_mlp_is_needed_at_the_last_position_alone(model: ChatModel) -> None:
+    tokens, seen, found = model.tokens(PROMPTS), [], []
+    mlp: Any = model.layers[-1].mlp
+    watch = mlp.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[1]))
+    for only_last in (False, True):
+        layers: dict[int, torch.Tensor] = {}
+
+        def keep(residual: torch.Tensor, _: Batch, layers: dict[int, torch.Tensor] = layers) -> torch.Tensor:
+            layers[len(layers)] = residual if residual.requires_grad else residual.requires_grad_(True)
+            return layers[len(layers) - 1]
+
+        with torch.enable_grad():
+            run = model.run(tokens, edits=dict.fromkeys(range(4), keep), logits=1, only_last=only_last)
+            found.append([run.logits, *torch.autograd.grad(run.logits[..., 7].sum(), list(layers.values()))])
+    watch.remove()
+    assert seen == [tokens.ids.shape[1], 1]
+    for whole, part in zip(*found, strict=True):
+        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-4)
+    assert model.run(tokens, logits=1).logits.equal(found[0][0])
 
 
 def test_a_trace_is_that_of_the_prompt_alone(model: ChatModel) -> None:

@@ -222,12 +222,14 @@ class ChatModel:
         logits: int = 0,
         offload: bool = True,
         given: Given | None = None,
+        only_last: bool = False,
     ) -> Run:
         """One forward pass.
 
         `edits` maps layers to functions of their output; `keep` lists layers whose edited output is returned, on the
         CPU if `offload`; `logits` is at how many last positions logits are computed (0: the unembedding is not run).
-        Up to the layer of `given` nothing is run, on a model that is `resumable`.
+        On a model that is `resumable`, up to the layer of `given` nothing is run, and with `only_last` the last layer's
+        MLP sees the last position alone, for who reads nothing of that layer but the last position's logits.
         """
         residuals: dict[int, Tensor] = {}
         tokens = tokens.to(self.device)
@@ -240,6 +242,7 @@ class ChatModel:
         }
         with (
             self._resumed(given),
+            self._ending(only_last),
             self._hooked(edits or {}, lambda _: batch, keep=set(keep), residuals=residuals, offload=offload),
         ):
             if logits == 0:
@@ -322,6 +325,27 @@ class ChatModel:
                 own = vars(module).get("forward")
                 stack.callback(setattr, module, "forward", own) if own else stack.callback(delattr, module, "forward")
                 module.forward = lambda *_, **__: given.residual
+            yield
+
+    @contextmanager
+    def _ending(self, only_last: bool) -> Iterator[None]:
+        """Spare the last layer's MLP all positions but the last: it adds nothing there then."""
+        mlp = getattr(self.layers[-1], "mlp", None)
+        if not only_last or not isinstance(mlp, nn.Module):
+            yield
+            return
+        missing: list[int] = []
+
+        def cut(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            missing.append(inputs[0].shape[1] - 1)
+            return inputs[0][:, -1:], *inputs[1:]
+
+        def fill(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return fill(_module, _inputs, output[0]), *output[1:]
+            return nn.functional.pad(output, (0, 0, missing[-1], 0))
+
+        with mlp.register_forward_pre_hook(cut), mlp.register_forward_hook(fill):
             yield
 
     @contextmanager

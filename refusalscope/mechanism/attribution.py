@@ -304,7 +304,9 @@ def _slopes(
     with torch.enable_grad():
         edits = {layer: mix(layer) for layer in ends}
         given = None if start is None else start.repeated(count)
-        logits = model.run(tokens.repeated(count), edits=edits, logits=1, given=given).logits[:, -1]
+        # At all other positions the last layer's gradient is zero: with 6 layers of width 512 a seventh less to do.
+        run = model.run(tokens.repeated(count), edits=edits, logits=1, given=given, only_last=model.resumable)
+        logits = run.logits[:, -1]
         chosen = torch.stack([metric.answer, metric.refusal], 1).repeat(count, 1).to(logits.device)
         answer, refusal = logits.gather(1, chosen).unbind(1)
         gradients = torch.autograd.grad((answer - refusal).sum(), list(outputs.values()))
