@@ -191,7 +191,7 @@ def test_held_features_win_where_scaled_ones_are_edited_too(tmp_path: Path) -> N
     rows = tiny.prompts(texts=tiny.TEXTS[:2])
     slices = saes.slices({1: [3, 5, 9]})
     made = Arm("specific", "specific", features(9, 3), 0.0, features(5), "held")
-    held = pipeline._recorded(model, rows, [made], slices, render=model.answer_tokens)
+    held = pipeline._recorded(model, rows, [made], slices, batch_size=len(rows), render=model.answer_tokens)
     edits = editor(pipeline._intervention(made, held), layers=4, slices=slices).edits
     tokens = model.tokens(rows)
     clean, edited = (model.run(tokens, edits=e, keep=[1]).residuals[1] for e in ({}, edits))
