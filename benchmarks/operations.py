@@ -46,18 +46,20 @@ def _products(rows: int, kind: torch.dtype, device: str) -> list[float]:
 
 def forward(model: ChatModel, prompts: int, positions: int, *, logits: int) -> float:
     """Two operations a weight and token, those of causal attention, and of the unembedding at `logits` positions."""
-    weights = sum(part.numel() for part in model.layers.parameters() if part.dim() > 1)
-    return 2.0 * prompts * (weights * positions + _head(model) * logits) + _attention(model, prompts, positions)
+    read = _weights(model.layers) * positions + _head(model) * logits
+    return 2.0 * prompts * read + _attention(model, prompts, positions)
 
 
 def there_and_back(model: ChatModel, prompts: int, positions: int) -> float:
     """From the first layer's output to one logit a prompt, and the gradients of every layer's output; of no weight's.
 
-    Back there are as many products as forwards, in attention twice as many.
+    Back there are as many products as forwards, in attention twice as many. The last layer's MLP is only gone through at
+    the last position.
     """
     head, above = 2.0 * prompts * _head(model), 1 - 1 / len(model.layers)
     inside = 2 * forward(model, prompts, positions, logits=0) + _attention(model, prompts, positions)
-    return 2 * head + inside * above
+    spared = 2.0 * prompts * (positions - 1) * _weights(model.layers[-1].mlp)
+    return 2 * (head - spared) + inside * above
 
 
 def attribution(model: ChatModel, prompts: int, positions: int, *, nodes: int, features: int) -> Operations:
@@ -71,6 +73,11 @@ def attribution(model: ChatModel, prompts: int, positions: int, *, nodes: int, f
 def answers(model: ChatModel, prompts: int, positions: int, tokens: int) -> Operations:
     """Answers of `tokens` tokens, of which the last is not read."""
     return Operations(forward(model, prompts, positions + tokens - 1, logits=tokens))
+
+
+def _weights(part: Any) -> int:
+    """Of the matrices in a module."""
+    return sum(weight.numel() for weight in part.parameters() if weight.dim() > 1)
 
 
 def _head(model: ChatModel) -> int:
