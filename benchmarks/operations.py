@@ -53,8 +53,8 @@ def forward(model: ChatModel, prompts: int, positions: int, *, logits: int) -> f
 def there_and_back(model: ChatModel, prompts: int, positions: int) -> float:
     """From the first layer's output to one logit a prompt, and the gradients of every layer's output; of no weight's.
 
-    Back there are as many products as forwards, in attention twice as many. The last layer's MLP is only gone through at
-    the last position.
+    Back there are as many products as forwards, in attention twice as many. The last layer's MLP is gone through at the
+    last position alone.
     """
     head, above = 2.0 * prompts * _head(model), 1 - 1 / len(model.layers)
     inside = 2 * forward(model, prompts, positions, logits=0) + _attention(model, prompts, positions)
