@@ -184,9 +184,9 @@ def result(plan: Plan, found: Sequence[Found]) -> dict[str, Any]:
         bar(f"exponent of time in {axis}, {way}", growth[way, axis].exponent, most=LINEAR)
         for axis, way in product(("prompts", "steps"), WAYS)
     ]
-    flat = [("candidates", "prompts"), ("candidates", "steps"), ("all features", "steps")]
     claims += [
-        bar(f"growth of memory, {span(plan, axis)}, {way}", growth[way, axis].memory, most=FLAT) for way, axis in flat
+        bar(f"growth of memory, {span(plan, axis)}, {way}", growth[way, axis].memory, most=FLAT)
+        for axis, way in product(("prompts", "steps"), WAYS)
     ]
     return {"bars": claims, "tables": [table_of(plan, growth, found)], "curves": curves(plan, found)}
 
@@ -229,7 +229,7 @@ def table_of(plan: Plan, growth: Mapping[tuple[str, str], Growth], found: Sequen
         f"A random Llama of width {plan.width}, batches of {plan.batch}; what an axis does not move stands at {start}. "
         "An exponent of 1 is proportional, less is a fixed part beside it. MiB are peaks beyond what was loaded: of "
         "tensors, which torch counts to the byte, and of the process, whose heap makes them differ between runs by a "
-        "tenth. All features hold one layer's scores of every prompt (prompts x d_sae).",
+        "tenth.",
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ("attribution", "quadrature", "scaling")
+MEASURED = ("attribution", "generation", "quadrature", "scaling")
 
 
 @pytest.fixture
