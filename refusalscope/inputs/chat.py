@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     prompt_ids: tuple[str, ...]
     """One per row."""
     roles: Int[Tensor, "prompt position"]
-    """One per position; a row that has ended its turn is padding from then on."""
+    """One per position; a row that has ended its turn is padding from then on, or gone."""
 
     def to(self, device: torch.device) -> "Batch":
         return self._replace(roles=self.roles.to(device))
