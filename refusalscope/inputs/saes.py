@@ -73,7 +73,7 @@ class LayerSae:
 
     def encode(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
         """Activations of every feature in residual units: SAELens's own, times s(z)."""
-        residual = residual.float().to(self.device)
+        residual = residual.to(self.device).float()
         own = self.sae.encode(residual)
         if self.normalisation == "none":
             return own
@@ -99,10 +99,10 @@ class LayerSae:
 
     def here(self, features: Sequence[int] | None) -> SaeSlice:
         """The slice of `features` (of all without a copy if None), where the SAE is."""
-        whole = features is None
-        index = torch.tensor(list(range(self.size) if whole else features), dtype=torch.long, device=self.device)
+        index = torch.arange(self.size) if features is None else torch.tensor(list(features), dtype=torch.long)
+        index = index.to(self.device)
         active = int(self.sae.cfg.k) if self.sae.cfg.architecture() == "topk" else None
-        rows = slice(None) if whole else index
+        rows = slice(None) if features is None else index
         # With TopK the other features decide whether one is active: all columns are held.
         encoder, bias, threshold = self._read(rows if active is None else slice(None))
         if self.sae.cfg.apply_b_dec_to_input:

@@ -120,7 +120,13 @@ def attribute(
     for start in range(0, len(prompts), batch_size):
         progress("attribution: gradients", start, len(prompts))
         tokens = model.tokens(prompts[start : start + batch_size])
-        made = trace(model, tokens, direction, layers=layers, scheme=scheme or sound(), at_once=batch_size)
+        made = trace(
+            *(model, tokens, direction),
+            layers=layers,
+            scheme=scheme or sound(),
+            at_once=batch_size,
+            offload=not slices,
+        )
         for part in slices.values():
             found[part.layer].append(entries_of(part, made))
         # What is read already need not be kept: memory does not grow with the prompts.
@@ -151,8 +157,9 @@ def trace(
     layers: Sequence[int],
     scheme: Scheme,
     at_once: int | None = None,
+    offload: bool = True,
 ) -> Trace:
-    """Clean run, direction-removed run and the gradients between them, for one batch.
+    """Clean run, direction-removed run and the gradients between them, for one batch; on the CPU if `offload`.
 
     Nodes of the path share a pass while they fit into `at_once` rows; one node a pass if None.
     """
@@ -177,7 +184,7 @@ def trace(
     gradients = scheme.gradients(model, tokens, clean.residuals, ends, metric, rows)
 
     def stacked(parts: Mapping[int, Tensor]) -> Tensor:
-        return torch.stack([parts[layer].cpu() for layer in layers])
+        return torch.stack([parts[layer].to("cpu" if offload else model.device) for layer in layers])
 
     return Trace(
         prompt_ids=tokens.prompt_ids,
@@ -293,7 +300,7 @@ def _slopes(
     def mix(layer: int) -> Edit:
         def edit(residual: Tensor, batch: Batch) -> Tensor:
             # `z + (a (end - z)).detach()`: the mixture forward, the identity backward.
-            end = ends[layer].repeat(count, 1, 1)
+            end = ends[layer] if count == 1 else ends[layer].repeat(count, 1, 1)
             own = share.to(residual.device, torch.promote_types(residual.dtype, torch.float32))
             mixed = residual + (own * (end - residual)).detach().to(residual.dtype)
             outputs[layer] = mixed if mixed.requires_grad else mixed.requires_grad_(True)

@@ -218,8 +218,12 @@ def _in_turn(first: Edit, then: Edit) -> Edit:
 
 
 def _remove(unit: Float[Tensor, "d_model"], offset: Float[Tensor, ""], made: Editor) -> Edit:
+    @lru_cache(maxsize=1)
+    def placed(device: torch.device) -> tuple[Tensor, Tensor]:
+        return unit.to(device), offset.to(device)
+
     def edit(residual: Tensor, batch: Batch) -> Tensor:
-        u, stays = unit.to(residual.device), offset.to(residual.device)
+        u, stays = placed(residual.device)
         # The projection is taken in float32: in bfloat16 removal would leave a visible remainder.
         exact = residual.float()
         excess = torch.matmul(exact, u).sub_(stays)
@@ -248,23 +252,27 @@ def _rule(intervention: FeatureEdit, part: SaeSlice) -> Rule:
         case SetFeatures(_, value):
             return lambda active, scale, batch: (value * scale).expand_as(active)
         case HoldFeatures(_, held, decoding):
-            return lambda active, scale, batch: _recalled(active, batch, held, part.layer, decoding)
+            return _recall(held, part.layer, decoding)
 
 
-def _recalled(
-    active: Tensor, batch: Batch, held: Mapping[str, Mapping[int, Held]], layer: int, decoding: str
-) -> Float[Tensor, "prompt position k"]:
+def _recall(held: Mapping[str, Mapping[int, Held]], layer: int, decoding: str) -> Rule:
     """The held values at prompt positions; at positions of the answer their mean, or what is there."""
-    given = (batch.roles != Role.PADDING) & (batch.roles != Role.RESPONSE)
-    if decoding != "mean" and not given.any():
-        return active  # a token of the answer
-    recalled = active.clone()
-    for row, name in enumerate(batch.prompt_ids):
-        inside = given[row]
-        if inside.any():
-            recalled[row, inside] = held[name][layer].values.to(active)
+
+    @lru_cache(maxsize=1)
+    def means(prompt_ids: tuple[str, ...], device: torch.device) -> Float[Tensor, "prompt 1 k"]:
+        return torch.stack([held[name][layer].mean for name in prompt_ids])[:, None].to(device)
+
+    def recalled(active: Tensor, scale: Tensor, batch: Batch) -> Float[Tensor, "prompt position k"]:
+        given = (batch.roles != Role.PADDING) & (batch.roles != Role.RESPONSE)
         if decoding == "mean":
-            recalled[row, batch.roles[row] == Role.RESPONSE] = held[name][layer].mean.to(active)
+            answered = (batch.roles == Role.RESPONSE)[..., None]
+            active = torch.where(answered, means(batch.prompt_ids, active.device).to(active.dtype), active)
+        if given.any():
+            active = active.clone()
+            for row, name in enumerate(batch.prompt_ids):
+                active[row, given[row]] = held[name][layer].values.to(active)
+        return active
+
     return recalled
 
 
@@ -274,15 +282,15 @@ def _activations(part: SaeSlice, features: Sets, rule: Rule, made: Editor) -> Ed
     placed: dict[torch.device, SaeSlice] = {}
 
     @lru_cache(maxsize=1)
-    def members(prompt_ids: tuple[str, ...]) -> Tensor:
+    def members(prompt_ids: tuple[str, ...], device: torch.device) -> Tensor:
         # An answer asks for the same rows token after token.
-        return membership(part, features, prompt_ids)
+        return membership(part, features, prompt_ids).to(device)
 
     def edit(residual: Tensor, batch: Batch) -> Tensor:
         here = placed.get(residual.device) or part.to(residual.device)
         if part.active is None:
             placed[residual.device] = here
-        chosen = members(batch.prompt_ids).to(residual.device)
+        chosen = members(batch.prompt_ids, residual.device)
         own, scale = here.read(residual)
         active = own if part.normalisation == "none" else own * scale
         change = (rule(active, scale, batch) - active) * chosen[:, None, :]

@@ -34,8 +34,8 @@ T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 VALUE_SHARES = (0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
 """Of a set's mean largest activation on harmful prompts: small ones too, since the whole mean breaks the text."""
-TOGETHER = 4
-"""Batches of answers in one part: within it the next prompts take the places of those whose answers have ended."""
+TOGETHER = 256
+"""Answers in a part, at least: rows that end make room for the next prompts only within one."""
 TOO_LONG = "too_long.json"
 ELSEWHERE = "choose another --device, or --dtype, --quantize or --device-map"
 
@@ -285,7 +285,8 @@ class Job:
     ) -> T:
         """The artifact at `path`, made part by part and joined: a run that is killed makes one part again.
 
-        `make` is given one part, `together` batches of prompts, and `join` all that it returned, in the prompts' order.
+        `make` is given one part, full batches of at least `together` prompts, and `join` all that it returned, in the
+        prompts' order.
         """
 
         def joined() -> T:
@@ -313,7 +314,8 @@ class Job:
         in between.
         """
         self.begin()
-        size = together * self.size(stage)
+        size = self.size(stage)
+        size *= max(1, together // size)
         paths = []
         # An empty set is one empty part, so that there is something to join.
         for number, start in enumerate(range(0, max(1, len(rows)), size)):
