@@ -115,7 +115,7 @@ def attribution_row(name: str, shape: Shape | None, prompts: int, *, size: Size,
     return [name, prompts, "gradients", *balance(pair, size, each=1, run=run, device=device)]
 
 
-def balance(pair: Pair, size: Size, *, each: int, run: int, device: str) -> list[float]:
+def balance(pair: Pair, size: Size, *, each: int, run: int, device: str) -> list[float | str]:
     """Milliseconds of both and their ratio, seconds to compile, units until that pays, the ratio of a whole run.
 
     `each` is how many units (tokens, passes) a call is, `run` how many a run is.
@@ -127,7 +127,7 @@ def balance(pair: Pair, size: Size, *, each: int, run: int, device: str) -> list
     ratio = measuring.ratio(found["plain"], found["compiled"])
     cost = first - compiled * each
     saved = plain - compiled
-    pays = math.ceil(cost / saved) if saved > 0 else math.inf
+    pays = math.ceil(cost / saved) if saved > 0 else "never"
     return [1000 * plain, 1000 * compiled, ratio, cost, pays, run * plain / (cost + run * compiled)]
 
 
