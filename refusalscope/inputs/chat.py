@@ -5,7 +5,7 @@ receive gradients; a graph exists only where an edit brings a tensor that requir
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from refusalscope.core.types import Prompts, Response
-from refusalscope.inputs import decoding, loading
+from refusalscope.inputs import decoding, hooks, loading
 from refusalscope.inputs.decoding import Limits
 from refusalscope.inputs.loading import Bits, DeviceMap, DType, Placement, find_layers
 from refusalscope.inputs.loading import choose_device as choose_device  # where this stood before
@@ -241,8 +241,8 @@ class ChatModel:
             "use_cache": False,
         }
         with (
-            self._resumed(given),
-            self._ending(only_last),
+            nullcontext() if given is None else hooks.known(self.layers[: given.layer + 1], given.residual),
+            hooks.at_last_position(self.layers[-1]) if only_last else nullcontext(),
             self._hooked(edits or {}, lambda _: batch, keep=set(keep), residuals=residuals, offload=offload),
         ):
             if logits == 0:
@@ -314,41 +314,6 @@ class ChatModel:
         )
 
     @contextmanager
-    def _resumed(self, given: Given | None) -> Iterator[None]:
-        """Let the layers up to that of `given` return its residual instead of running."""
-        if given is None:
-            yield
-            return
-        with ExitStack() as stack:
-            for module in self.layers[: given.layer + 1]:
-                # Where weights are offloaded a module has a `forward` of its own beside that of its class.
-                own = vars(module).get("forward")
-                stack.callback(setattr, module, "forward", own) if own else stack.callback(delattr, module, "forward")
-                module.forward = lambda *_, **__: given.residual
-            yield
-
-    @contextmanager
-    def _ending(self, only_last: bool) -> Iterator[None]:
-        """Spare the last layer's MLP all positions but the last: it adds nothing there then."""
-        mlp = getattr(self.layers[-1], "mlp", None)
-        if not only_last or not isinstance(mlp, nn.Module):
-            yield
-            return
-        missing: list[int] = []
-
-        def cut(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            missing.append(inputs[0].shape[1] - 1)
-            return inputs[0][:, -1:], *inputs[1:]
-
-        def fill(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return fill(_module, _inputs, output[0]), *output[1:]
-            return nn.functional.pad(output, (0, 0, missing[-1], 0))
-
-        with mlp.register_forward_pre_hook(cut), mlp.register_forward_hook(fill):
-            yield
-
-    @contextmanager
     def _hooked(
         self,
         edits: Edits,
@@ -360,9 +325,7 @@ class ChatModel:
     ) -> Iterator[None]:
         """Attach one hook per edited or kept layer; all are gone on exit, whatever happens inside.
 
-        What `torch.compile` made of the model is left aside in here: compiled code has the hooks that it was compiled
-        with and silently leaves out all others. With nothing to edit too, lest base and edited differ by rounding.
-        The stance belongs to the process, as hooks do to the model: one thread at a time.
+        Compiled code is left aside in here, with nothing to edit too, lest base and edited differ by rounding.
         """
         wanted = set(edits) | keep
         if unknown := sorted(layer for layer in wanted if not 0 <= layer < len(self.layers)):
@@ -381,19 +344,12 @@ class ChatModel:
             return hook
 
         with ExitStack() as stack:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(hooks.as_written())
             for layer in sorted(wanted):
                 handle = self.layers[layer].register_forward_hook(hook_for(layer))
                 stack.callback(handle.remove)
-            # Last positions cut out of a batch lie apart, and torch then reads the unembedding once for each prompt:
-            # logits of 64 prompts (width 512, vocabulary 32,000) took 198 ms on two cores, like this 20.
-            head = self.model.get_output_embeddings().register_forward_pre_hook(_together)
-            stack.callback(head.remove)
+            stack.enter_context(hooks.unembedding_once(self.model.get_output_embeddings()))
             yield
-
-
-def _together(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(part.contiguous() for part in inputs)
 
 
 def _unknown(shape: torch.Size) -> Batch:

@@ -35,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 VALUE_SHARES = (0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
 """Of a set's mean largest activation on harmful prompts: small ones too, since the whole mean breaks the text."""
 TOGETHER = 256
-"""Answers in a part, at least: rows that end make room for the next prompts only within one."""
+"""Answers in a part, where a batch is not larger: rows that end make room for the next prompts only within a part."""
 TOO_LONG = "too_long.json"
 ELSEWHERE = "choose another --device, or --dtype, --quantize or --device-map"
 
@@ -285,8 +285,8 @@ class Job:
     ) -> T:
         """The artifact at `path`, made part by part and joined: a run that is killed makes one part again.
 
-        `make` is given one part, full batches of at least `together` prompts, and `join` all that it returned, in the
-        prompts' order.
+        `make` is given one part, the full batches that `together` prompts hold but at least one, and `join` all that it
+        returned, in the prompts' order.
         """
 
         def joined() -> T:
