@@ -61,7 +61,6 @@ SIZES = {
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = measuring.parser(__doc__, list(SIZES)).parse_args(argv)
-    torch.set_flush_denormal(True)
     return measuring.finish("attribution", options, measure(SIZES[options.size], options.device))
 
 

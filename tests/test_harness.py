@@ -527,10 +527,10 @@ def test_memory_that_runs_out_in_one_task_leaves_the_others_as_they_are(
 
     wanted = measuring.Wanted((CHOICES, ANSWERS), limit=3, include_path=folder, batch_size=4)
     with closing(measuring.reopened(run, progress)) as job:
-        size = job.derived["batch_size"]
+        size, others = job.derived["batch_size"], job.derived.get("batch_sizes", {})
         job.resize(f"capability {CHOICES}", size)
         measuring.run_capability(job, replace(wanted, tasks=(ANSWERS,)))
-        assert job.derived["batch_sizes"] == {f"capability {CHOICES}": size, f"capability {ANSWERS}": 2}
+        assert job.derived["batch_sizes"] == {**others, f"capability {CHOICES}": size, f"capability {ANSWERS}": 2}
         measuring.run_capability(job, replace(wanted, batch_size=None))
     assert {file: file.read_bytes() for file in (run / "capability" / CHOICES).iterdir()} == before
     rows = Store(run).read("findings/capability.json", Finding).rows
