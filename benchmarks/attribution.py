@@ -49,12 +49,12 @@ AXES = {
     "features": (2048, 8192),
     "layers": (12, 18),
     "prompts": (32, 128),
-    "positions": (16, 256),
+    "positions": (64, 256),
 }
 """d_sae stays 16 x d_model where d_model moves, and is 8 and 32 x d_model where it moves alone."""
 SIZES = {
     "toy": Ladder(Shape(3, 32, 256, 2, 8), 2, Shape(3, 32, 256, 2, 8), {"layers": (4,)}, 1),
-    "small": Ladder(Shape(6, 512, 16384, 8, 64), 10, Shape(6, 256, 4096, 8, 64), AXES, 2),
+    "small": Ladder(Shape(6, 512, 16384, 8, 64), 10, Shape(6, 256, 4096, 8, 16), AXES, 2),
     "full": Ladder(Shape(6, 512, 16384, 8, 64), 10, Shape(6, 256, 4096, 8, 64), AXES, 10),
 }
 

@@ -51,15 +51,15 @@ def forward(model: ChatModel, prompts: int, positions: int, *, logits: int) -> f
 
 
 def there_and_back(model: ChatModel, prompts: int, positions: int) -> float:
-    """From the first layer's output to one logit a prompt, and the gradients of every layer's output; of no weight's.
+    """From the first layer's output to two logits a prompt, and the gradients of every layer's output; of no weight's.
 
     Back there are as many products as forwards, in attention twice as many. The last layer's MLP is gone through at the
-    last position alone.
+    last position alone, and two tokens' logits are nothing beside the rest.
     """
-    head, above = 2.0 * prompts * _head(model), 1 - 1 / len(model.layers)
+    above = 1 - 1 / len(model.layers)
     inside = 2 * forward(model, prompts, positions, logits=0) + _attention(model, prompts, positions)
     spared = 2.0 * prompts * (positions - 1) * _weights(model.layers[-1].mlp)
-    return 2 * (head - spared) + inside * above
+    return inside * above - 2 * spared
 
 
 def attribution(model: ChatModel, prompts: int, positions: int, *, nodes: int, features: int) -> Operations:

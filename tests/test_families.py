@@ -116,6 +116,19 @@ def test_the_last_layers_mlp_is_needed_at_the_last_position_alone(model: ChatMod
     assert model.run(tokens, logits=1).logits.equal(found[0][0])
 
 
+def test_logits_of_some_tokens_are_those_of_all(model: ChatModel) -> None:
+    tokens, wanted = model.tokens(PROMPTS), torch.tensor([7, 31, 300])
+    every = model.run(tokens, logits=2).logits
+    torch.testing.assert_close(model.run(tokens, logits=2, vocabulary=wanted).logits, every[..., wanted])
+    head = model.model.get_output_embeddings()
+    forward = head.forward
+    head.forward = forward  # as where the weights lie elsewhere until they are needed
+    assert model.run(tokens, logits=2, vocabulary=wanted).logits.equal(every[..., wanted])
+    assert head.forward is forward
+    del head.forward
+    assert model.run(tokens, logits=2).logits.equal(every)
+
+
 def test_a_trace_is_that_of_the_prompt_alone(model: ChatModel) -> None:
     tokens = model.tokens(PROMPTS)
     batched = trace(model, tokens, tiny.direction(), layers=range(4), scheme=gradient())

@@ -42,9 +42,9 @@ class Normalised(NamedTuple):
 def normalise(residual: Float[Tensor, "*batch d_model"], how: Normalisation) -> Normalised:
     """Each token as an SAE reads it, in SAELens's arithmetic (layer_norm: deviation with d_model - 1, epsilon 1e-5)."""
     residual = residual.float()
-    unit, zero = torch.ones_like(residual[..., :1]), torch.zeros_like(residual[..., :1])
+    zero = residual.new_zeros(()).expand(*residual.shape[:-1], 1)
     if how == "none":
-        return Normalised(residual, unit, zero)
+        return Normalised(residual, residual.new_ones(()).expand_as(zero), zero)
     if how == "constant_norm_rescale":
         scale = residual.norm(dim=-1, keepdim=True) / residual.shape[-1] ** 0.5
         # Padding may be all zeros: SAELens makes it NaN, which would reach every token through attention.

@@ -223,11 +223,13 @@ class ChatModel:
         offload: bool = True,
         given: Given | None = None,
         only_last: bool = False,
+        vocabulary: Int[Tensor, "token"] | None = None,
     ) -> Run:
         """One forward pass.
 
         `edits` maps layers to functions of their output; `keep` lists layers whose edited output is returned, on the
-        CPU if `offload`; `logits` is at how many last positions logits are computed (0: the unembedding is not run).
+        CPU if `offload`; `logits` is at how many last positions logits are computed (0: the unembedding is not run),
+        of the tokens of `vocabulary` alone, in its order, if it is given.
         On a model that is `resumable`, up to the layer of `given` nothing is run, and with `only_last` the last layer's
         MLP sees the last position alone, for who reads nothing of that layer but the last position's logits.
         """
@@ -243,6 +245,7 @@ class ChatModel:
         with (
             nullcontext() if given is None else hooks.known(self.layers[: given.layer + 1], given.residual),
             hooks.at_last_position(self.layers[-1]) if only_last else nullcontext(),
+            nullcontext() if vocabulary is None else hooks.some_tokens(self.model.get_output_embeddings(), vocabulary),
             self._hooked(edits or {}, lambda _: batch, keep=set(keep), residuals=residuals, offload=offload),
         ):
             if logits == 0:

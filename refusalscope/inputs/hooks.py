@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
@@ -56,6 +56,33 @@ def at_last_position(layer: Any) -> Iterator[None]:
 
     with mlp.register_forward_pre_hook(cut), mlp.register_forward_hook(fill):
         yield
+
+
+@contextmanager
+def some_tokens(head: nn.Module, wanted: Int[Tensor, "token"]) -> Iterator[None]:
+    """Let the unembedding make the logits of some tokens alone, in their order.
+
+    Where it is no plain matrix that is in memory it makes all of them, and those wanted are taken out.
+    """
+
+    def few(hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch token"]:
+        rows = wanted.to(weight.device)
+        return nn.functional.linear(hidden, weight[rows], None if bias is None else bias[rows])
+
+    def pick(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output[..., wanted.to(output.device)]
+
+    weight: Any = head.weight
+    bias: Any = getattr(head, "bias", None)
+    if type(head) is not nn.Linear or "forward" in vars(head) or weight.is_meta:
+        with head.register_forward_hook(pick):
+            yield
+        return
+    head.forward = few  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 @contextmanager

@@ -92,6 +92,8 @@ class Editor:
 
     edits: dict[int, Edit]
     _counts: list[Tensor] = field(default_factory=list)
+    _live: tuple[Tensor, Tensor] | None = None
+    """The roles last asked about, the same for all layers of a pass, and where they are no padding."""
 
     @property
     def changed(self) -> int:
@@ -100,7 +102,9 @@ class Editor:
 
     def count(self, change: Shaped[Tensor, "prompt position"], batch: Batch) -> None:
         """Count the positions at which `change` is not zero."""
-        self._counts.append(torch.where(batch.roles == Role.PADDING, 0, change).count_nonzero())
+        if self._live is None or self._live[0] is not batch.roles:
+            self._live = (batch.roles, batch.roles != Role.PADDING)
+        self._counts.append(torch.logical_and(change, self._live[1]).count_nonzero())
 
 
 def needed_features(intervention: Intervention | None) -> dict[int, list[int]]:
@@ -242,21 +246,21 @@ def _add(vector: Float[Tensor, "d_model"], made: Editor) -> Edit:
 
 
 Rule = Callable[[Tensor, Tensor, Batch], Tensor]
-"""(activations [prompt, position, k], s(z) [prompt, position, 1], batch) -> what they become, in residual units."""
+"""(activations [prompt, position, k], s(z) [prompt, position, 1], batch) -> by how much they change, residual units."""
 
 
 def _rule(intervention: FeatureEdit, part: SaeSlice) -> Rule:
     match intervention:
         case ScaleFeatures(_, factor):
-            return lambda active, scale, batch: factor * active
+            return lambda active, scale, batch: (factor - 1) * active
         case SetFeatures(_, value):
-            return lambda active, scale, batch: (value * scale).expand_as(active)
+            return lambda active, scale, batch: value * scale - active
         case HoldFeatures(_, held, decoding):
             return _recall(held, part.layer, decoding)
 
 
 def _recall(held: Mapping[str, Mapping[int, Held]], layer: int, decoding: str) -> Rule:
-    """The held values at prompt positions; at positions of the answer their mean, or what is there."""
+    """To the held values at prompt positions; at positions of the answer to their mean, or not at all."""
 
     @lru_cache(maxsize=1)
     def means(prompt_ids: tuple[str, ...], device: torch.device) -> Float[Tensor, "prompt 1 k"]:
@@ -264,14 +268,15 @@ def _recall(held: Mapping[str, Mapping[int, Held]], layer: int, decoding: str) -
 
     def recalled(active: Tensor, scale: Tensor, batch: Batch) -> Float[Tensor, "prompt position k"]:
         given = (batch.roles != Role.PADDING) & (batch.roles != Role.RESPONSE)
+        wanted = active
         if decoding == "mean":
             answered = (batch.roles == Role.RESPONSE)[..., None]
-            active = torch.where(answered, means(batch.prompt_ids, active.device).to(active.dtype), active)
+            wanted = torch.where(answered, means(batch.prompt_ids, active.device).to(active.dtype), active)
         if given.any():
-            active = active.clone()
+            wanted = wanted.clone()
             for row, name in enumerate(batch.prompt_ids):
-                active[row, given[row]] = held[name][layer].values.to(active)
-        return active
+                wanted[row, given[row]] = held[name][layer].values.to(active)
+        return wanted - active
 
     return recalled
 
@@ -282,18 +287,22 @@ def _activations(part: SaeSlice, features: Sets, rule: Rule, made: Editor) -> Ed
     placed: dict[torch.device, SaeSlice] = {}
 
     @lru_cache(maxsize=1)
-    def members(prompt_ids: tuple[str, ...], device: torch.device) -> Tensor:
+    def members(prompt_ids: tuple[str, ...], device: torch.device) -> Float[Tensor, "prompt 1 k"]:
         # An answer asks for the same rows token after token.
-        return membership(part, features, prompt_ids).to(device)
+        return membership(part, features, prompt_ids)[:, None].to(device)
+
+    # One set for all prompts, and no other feature in the slice: there is nothing to leave out.
+    chooses = not isinstance(features, FeatureSet)
 
     def edit(residual: Tensor, batch: Batch) -> Tensor:
         here = placed.get(residual.device) or part.to(residual.device)
         if part.active is None:
             placed[residual.device] = here
-        chosen = members(batch.prompt_ids, residual.device)
         own, scale = here.read(residual)
         active = own if part.normalisation == "none" else own * scale
-        change = (rule(active, scale, batch) - active) * chosen[:, None, :]
+        change = rule(active, scale, batch)
+        if chooses:
+            change = change * members(batch.prompt_ids, residual.device)
         made.count(change.any(-1), batch)
         # The sum is taken in float32 or better: where nothing changes, adding zero leaves every bit in its place.
         exact = residual.to(torch.promote_types(residual.dtype, torch.float32))
