@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def measure(ladder: Ladder, device: str) -> dict[str, Any]:
-    base = rung(ladder.base, left_riemann(ladder.nodes), device, rounds=3)
+    base = rung(ladder.base, left_riemann(ladder.nodes), device, rounds=2)
     gain = {way: median(base.seconds[way]) / median(base.seconds[f"{way}, default"]) for way in OURS}
     rungs = {"promised": base, "around": rung(ladder.around, gauss_legendre(ladder.few), device)}
     for axis, values in ladder.axes.items():
