@@ -3,10 +3,10 @@
     python benchmarks/gpu.py --size small --device cuda --json gpu.json     # Gemma-2-2b: free, under 16 and 24 GiB
     python benchmarks/gpu.py --size full --device cuda --json gpu.json      # Llama-3.1-8B and Gemma-3-270m as well
 
-Weights are random, in bfloat16, and made on the card; SAEs in float32, one layer at a time. Time is held against what
-a case's matrix products alone would take at the card's own rate, memory against the plan that a run goes by. A model
-under a cap is a process of its own; `toy` runs the same code on toy shapes in this process, on a CPU if need be. Needs
-no more than the package's core does.
+Weights are random, in bfloat16, and made on the card; SAEs in float32, one layer at a time, of the same weights. Time
+is held against what a case's matrix products alone would take at the card's own rate, memory against the plan that a
+run goes by. A model under a cap is a process of its own; `toy` runs the same code on toy shapes in this process, on a
+CPU if need be. Needs no more than the package's core does.
 """
 
 import argparse

@@ -138,13 +138,11 @@ class JumpRelu(nn.Module):
     b_enc: Tensor
     threshold: Tensor
 
-    def __init__(self, shape: Shape, threshold: float, device: str) -> None:
+    def __init__(self, shape: Shape, threshold: float, encoder: Tensor, decoder: Tensor) -> None:
         super().__init__()
-        decoder = torch.randn(shape.features, shape.width, device=device)
-        # In place: a copy would be half as large as the SAE.
-        decoder /= decoder.norm(dim=1, keepdim=True)
+        device = decoder.device
         self.register_buffer("W_dec", decoder)
-        self.register_buffer("W_enc", decoder.T.contiguous())
+        self.register_buffer("W_enc", encoder)
         self.register_buffer("b_dec", torch.zeros(shape.width, device=device))
         self.register_buffer("b_enc", torch.zeros(shape.features, device=device))
         self.register_buffer("threshold", torch.full((shape.features,), threshold, device=device))
@@ -163,7 +161,7 @@ class JumpRelu(nn.Module):
 
 
 def bank(shape: Shape, model: ChatModel, asked: Prompts) -> SaeBank:
-    """An SAE for every layer, made on the model's device when its turn comes, at which about `ACTIVE` features fire.
+    """An SAE for every layer, at which about `ACTIVE` features fire: the same weights, so that none takes time to make.
 
     A random feature's pre-activation is normal with the residual's root mean square as its deviation.
     """
@@ -171,16 +169,25 @@ def bank(shape: Shape, model: ChatModel, asked: Prompts) -> SaeBank:
     residuals = model.run(model.tokens(asked[:4]), keep=layers).residuals
     deviations = torch.special.ndtri(torch.tensor(1 - min(0.5, ACTIVE / shape.features), dtype=torch.float64))
     thresholds = {layer: float(deviations * part.float().square().mean().sqrt()) for layer, part in residuals.items()}
-    loaders = {layer: partial(_made, shape, layer, threshold) for layer, threshold in thresholds.items()}
-    # Read ahead, an SAE would be made on the host and moved.
+    weights = _weights(shape, str(model.device))
+    loaders = {layer: partial(_made, shape, *weights, threshold) for layer, threshold in thresholds.items()}
+    # Read ahead, an SAE would be moved to the host.
     return SaeBank(loaders, identity="random", device=str(model.device), read_ahead=False)
 
 
-def _made(shape: Shape, layer: int, threshold: float, device: str) -> JumpRelu:
-    torch.manual_seed(layer + 1)
-    return JumpRelu(shape, threshold, device)
+def _made(shape: Shape, encoder: Tensor, decoder: Tensor, threshold: float, _device: str) -> JumpRelu:
+    return JumpRelu(shape, threshold, encoder, decoder)
+
+
+def _weights(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
+    """Encoder and decoder."""
+    torch.manual_seed(1)
+    decoder = torch.randn(shape.features, shape.width, device=device)
+    # In place: a copy would be half as large as the SAE.
+    decoder /= decoder.norm(dim=1, keepdim=True)
+    return decoder.T.contiguous(), decoder
 
 
 def outline(shape: Shape) -> LayerSae:
     """An SAE without weights, for whoever only asks how large it is."""
-    return LayerSae(0, JumpRelu(shape, 0.0, "meta"))
+    return LayerSae(0, JumpRelu(shape, 0.0, *_weights(shape, "meta")))

@@ -1,6 +1,6 @@
 """The laws of decoding: an answer does not depend on the prompts beside it, on who left the batch, or on who joined."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from refusalscope.core.types import Feature, FeatureSet, Prompts, Response, SaeSlice
-from refusalscope.inputs import decoding
+from refusalscope.inputs import decoding, replay
 from refusalscope.inputs.chat import Batch, ChatModel, Edits
 from refusalscope.mechanism.interventions import (
     Editor,
@@ -173,3 +173,60 @@ def test_an_error_in_an_edit_leaves_nothing_behind(model: ChatModel) -> None:
 def test_nothing_asked_is_nothing_answered() -> None:
     model = tiny.chat_model()
     assert answered(model, size=3, prompts=PROMPTS[:0]) == ()
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize(("family", "window"), [("gemma2", 16), ("gemma2", 4096), ("llama", None), ("qwen3.5", None)])
+def test_tokens_on_the_same_tensors_are_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str, kind: str | None, window: int | None
+) -> None:
+    """As on a card, but that a call is made and not replayed: its tensors must stay where they are."""
+    model = often_ending(family)
+    if window is not None:
+        model.model.config.sliding_window = window
+    slices = tiny.bank(tmp_path).slices({layer: [3, 7, 11, 20] for layer in (0, 1, 2)})
+    wanted = None if kind is None else intervention(model, slices, kind)
+    plain, again = (edited(wanted, slices) if wanted else Editor({}) for _ in range(2))
+    expected = answered(model, plain.edits, size=3)
+    calls = recorded(monkeypatch, model)
+    tokens = model.tokens(PROMPTS)
+    found = model.generate(tokens, edits=again.edits, max_new_tokens=LIMIT, batch_size=3, recordable=True)
+    assert found == tuple(expected)
+    assert again.changed == plain.changed
+    # Linear attention keeps no keys, and not all columns lie in a short window.
+    assert bool(calls) == (family != "qwen3.5" and window != 16)
+    assert not calls or max(calls) > 3
+    assert (kind is None) == (again.changed == 0)
+    calls.clear()
+    assert model.generate(tokens, edits=plain.edits or {0: lambda residual, _: residual}, max_new_tokens=3)
+    assert not calls  # edits that may look at values on the host
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, model: ChatModel) -> list[int]:
+    """Make calls as on a card, and count them, by recording; every tensor of the cache must stay in its place."""
+    calls: list[int] = []
+
+    def record(call: Callable[[], None]) -> Callable[[], None]:
+        calls.append(0)
+
+        def again() -> None:
+            calls[-1] += 1
+            before = places[-1:] if calls[-1] > 1 else []
+            places.clear()
+            call()
+            assert not before or before == places[-1:]
+
+        return again
+
+    places: list[tuple[int, ...]] = []
+
+    def look(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+        places.append(
+            tuple(part.data_ptr() for layer in given["past_key_values"].layers for part in (layer.keys, layer.values))
+            if all(getattr(layer, "keys", None) is not None for layer in given["past_key_values"].layers)
+            else ()
+        )
+
+    model.model.register_forward_pre_hook(look, with_kwargs=True)
+    monkeypatch.setattr(replay, "recorder", lambda _: record)
+    return calls

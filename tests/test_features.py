@@ -239,6 +239,17 @@ def test_a_layer_with_nothing_left_to_draw_is_named() -> None:
         random_like(both.top(1), surveyed([1.0, 1.0]), set(named((0, 1))), seed=0)
 
 
+@given(
+    st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=12), st.integers(0, 14), st.booleans()
+)
+def test_the_best_are_those_of_a_whole_ranking_ties_by_name(values: list[float], k: int, signed: bool) -> None:
+    listed = named(*((0, index) for index in range(len(values))))
+    found = choose(scored(listed, torch.tensor([values])), k, signed=signed).features
+    pairs = [pair for pair in zip(listed, values, strict=True) if pair[1] > 0 or signed]
+    expected = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:k]
+    assert list(zip(found.features, found.scores, strict=True)) == expected
+
+
 some = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), max_size=8, unique=True)
 
 

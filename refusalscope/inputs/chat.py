@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from refusalscope.core.types import Prompts, Response
-from refusalscope.inputs import decoding, hooks, loading
+from refusalscope.inputs import decoding, hooks, loading, norms, replay
 from refusalscope.inputs.decoding import Limits
 from refusalscope.inputs.loading import Bits, DeviceMap, DType, Placement, find_layers
 from refusalscope.inputs.loading import choose_device as choose_device  # where this stood before
@@ -53,6 +53,8 @@ class Batch(NamedTuple):
     """One per row."""
     roles: Int[Tensor, "prompt position"]
     """One per position; a row that has ended its turn is padding from then on, or gone."""
+    answering: bool = False
+    """Whether it is known, without a look at `roles`, that they are an answer's or padding."""
 
     def to(self, device: torch.device) -> "Batch":
         return self._replace(roles=self.roles.to(device))
@@ -101,6 +103,8 @@ class ChatModel:
         self.identity = identity
         self.template = ChatTemplate(tokenizer, name, style)
         self.layers = find_layers(model, name)
+        loading.keep_softcapping(model)
+        self._norms = norms.fused(model)
         self.resumable = not getattr(model.config.get_text_config(), "num_kv_shared_layers", None)
         """Whether layers pass on a residual and nothing else; as far as the layers looked at so far have shown."""
         self.end_of_turn, self.end_tokens = loading.end_tokens(model, tokenizer, self.template.end_of_turn)
@@ -255,19 +259,27 @@ class ChatModel:
         return Run(residuals, output.logits.to(torch.promote_types(output.logits.dtype, torch.float32)))
 
     def generate(
-        self, tokens: Tokens, *, edits: Edits | None = None, max_new_tokens: int, batch_size: int | None = None
+        self,
+        tokens: Tokens,
+        *,
+        edits: Edits | None = None,
+        max_new_tokens: int,
+        batch_size: int | None = None,
+        recordable: bool = False,
     ) -> tuple[Response, ...]:
         """Greedy answers with a KV cache, each ended by the model's own end-of-turn tokens or the limit.
 
         At most `batch_size` prompts are in the model at once, all of them unless it is given; as answers end, the next
         prompts take their place. Edits see the prompts of a batch in one call, then one position per call, until their
         row has ended: from then on it is padding or gone. Answers come back in the prompts' order.
+        With edits that are `recordable`, which do all they do on the device as those of an `Editor`, a token's call is
+        recorded on a card and replayed (`replay.py`): edits are not called again then. Without edits it always is.
         """
         batch = _unknown(torch.Size((0, 0)))
 
-        def announce(rows: Sequence[int], roles: Tensor) -> None:
+        def announce(rows: Sequence[int], roles: Tensor, answering: bool) -> None:
             nonlocal batch
-            batch = Batch(tuple(tokens.prompt_ids[row] for row in rows), roles)
+            batch = Batch(tuple(tokens.prompt_ids[row] for row in rows), roles, answering)
 
         with self._hooked(edits or {}, lambda _: batch, keep=set(), residuals={}):
             answers = decoding.greedy(
@@ -276,6 +288,7 @@ class ChatModel:
                 rows=batch_size or max(1, len(tokens.prompt_ids)),
                 device=self.device,
                 announce=announce,
+                record=replay.recorder(self.model) if recordable or not edits else None,
             )
         pairs = zip(tokens.prompt_ids, answers, strict=True)
         return tuple(self._response(name, ids, tokens.thinking) for name, ids in pairs)
@@ -348,6 +361,7 @@ class ChatModel:
 
         with ExitStack() as stack:
             stack.enter_context(hooks.as_written())
+            stack.enter_context(norms.quick(self._norms))
             for layer in sorted(wanted):
                 handle = self.layers[layer].register_forward_hook(hook_for(layer))
                 stack.callback(handle.remove)

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from refusalscope.inputs.replay import Record
 from refusalscope.inputs.template import Role
 
 LEAVING = 4
@@ -21,8 +22,9 @@ LEAVING = 4
 ROOM = 32
 """Columns added to a layer's buffers when they are full: a copy of the cache every so many tokens."""
 
-Announce = Callable[[Sequence[int], Int[Tensor, "row position"]], None]
-"""Told which prompt each row is and the role of each position, before the first call of the model that has them so."""
+Announce = Callable[[Sequence[int], Int[Tensor, "row position"], bool], None]
+"""Told which prompt each row is, the role of each position and whether all of them are an answer's, before the first
+call of the model that has them so."""
 
 
 class Limits(NamedTuple):
@@ -44,12 +46,14 @@ def greedy(
     rows: int,
     device: torch.device,
     announce: Announce,
+    record: Record | None = None,
 ) -> list[list[int]]:
     """The tokens of each prompt's answer, its end token included; at most `rows` prompts are in the model at once.
 
-    `ids` are left-padded. The order in which prompts are taken depends on their lengths and `rows` alone.
+    `ids` are left-padded. The order in which prompts are taken depends on their lengths and `rows` alone. With `record`
+    the calls for one token after another are made on the same tensors, as long as the rows stay.
     """
-    running = _Running(model, ids, roles, limits, device, announce)
+    running = _Running(model, ids, roles, limits, device, announce, record)
     waiting = sorted(range(len(ids)), key=lambda prompt: (-running.lengths[prompt], prompt))
     while waiting or running.rows:
         if running.is_leaving:
@@ -66,9 +70,19 @@ class _Running:
     """The rows in the model, and the answers so far."""
 
     def __init__(
-        self, model: Any, ids: Tensor, roles: Tensor, limits: Limits, device: torch.device, announce: Announce
+        self,
+        model: Any,
+        ids: Tensor,
+        roles: Tensor,
+        limits: Limits,
+        device: torch.device,
+        announce: Announce,
+        record: Record | None,
     ) -> None:
         self._model, self._limits, self._device, self._announce = model, limits, device, announce
+        self._record = record
+        self._again: Callable[[], None] | None = None
+        """The call for one more token, where it is made on the same tensors until rows come or go."""
         self._ids, self._roles = ids.cpu(), roles.cpu()
         self.lengths: list[int] = (self._roles != Role.PADDING).sum(1).tolist()
         self.answers: list[list[int]] = [[] for _ in self.lengths]
@@ -95,6 +109,10 @@ class _Running:
 
     def leave(self) -> None:
         """Let the rows that have ended go; the last rows move into their places."""
+        if self._again is not None:
+            self._again = None
+            for layer in self._cache.layers:
+                layer.settle(self._columns)
         staying = [row for row, ended in enumerate(self._ended) if not ended]
         if not staying:
             self._cache, self.rows, self._ended = None, [], []
@@ -124,7 +142,7 @@ class _Running:
         ids, roles = (part[at, part.shape[1] - width :].to(self._device) for part in (self._ids, self._roles))
         mask = (roles != Role.PADDING).long()
         cache = _cache(self._model)
-        self._announce(prompts, roles)
+        self._announce(prompts, roles, False)
         fed = self._read(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         filled = mask.sum(1)
         if self.rows:
@@ -140,14 +158,55 @@ class _Running:
 
     def step(self) -> None:
         """One more token for every row."""
-        at = torch.arange(self._columns + 1, device=self._device)
-        mask = (at >= (self._columns - self._filled)[:, None]).long()
-        fed = self._read(self._fed, mask, self._filled[:, None], self._cache)
+        if self._again is None and self._record is not None and (columns := self._needed()):
+            self._again = self._record(self._in_place(columns))
+        if self._again is not None:
+            self._again()
+        else:
+            at = torch.arange(self._columns + 1, device=self._device)
+            mask = (at >= (self._columns - self._filled)[:, None]).long()
+            self._fed = self._read(self._fed, mask, self._filled[:, None], self._cache)
+            # A row that has ended stays at its position: further on the model may know none.
+            self._filled = self._filled + self._going
         self._columns += 1
-        # A row that has ended stays at its position: further on the model may know none.
-        self._fed, self._filled = fed, self._filled + self._going
-        if self._take(fed.flatten().tolist(), 0):
-            self._hold(self._fed, self._filled)
+        if self._take(self._fed.flatten().tolist(), 0):
+            if self._again is None:
+                self._hold(self._fed, self._filled)
+            else:
+                self._going.copy_(~torch.tensor(self._ended))
+
+    def _needed(self) -> int:
+        """Columns until the last row has ended at the latest; 0 where layers cannot keep them all in one place."""
+        rows = zip(self.rows, self._ended, strict=True)
+        columns = self._columns + self._limits.longest - min(len(self.answers[row]) for row, ended in rows if not ended)
+        return columns if all(isinstance(layer, _Roomy) and layer.holds(columns) for layer in self._cache.layers) else 0
+
+    def _in_place(self, columns: int) -> Callable[[], None]:
+        """What reads a token of every row and puts the next one in its place, without a look at any value."""
+        cache, rows, at = self._cache, tuple(self.rows), torch.arange(columns, device=self._device)
+        column = torch.full((1,), self._columns, device=self._device)
+        fed, filled, going = (part.clone() for part in (self._fed, self._filled, self._going))
+        self._fed, self._filled, self._going = fed, filled, going
+        for layer in cache.layers:
+            layer.stand(columns, column)
+
+        def call() -> None:
+            mask = (at >= (column - filled)[:, None]) & (at <= column)
+            self._announce(rows, torch.where(going == 1, int(Role.RESPONSE), int(Role.PADDING))[:, None], True)
+            fed.copy_(self._read(fed, self._recordable(mask), filled[:, None], cache))
+            filled.add_(going)
+            column.add_(1)
+
+        return call
+
+    def _recordable(self, visible: Tensor) -> Tensor:
+        """A mask of what each row may look back to, in the form that a recorded call can be given."""
+        config = self._model.config.get_text_config()
+        if config._attn_implementation != "eager" or getattr(config, "attn_logit_softcapping", None) is None:
+            return visible.long()
+        # Of that transformers would make the mask to be added by a copy of a number from the host.
+        added = visible.new_zeros(visible.shape, dtype=self._model.dtype)
+        return added.masked_fill_(~visible, torch.finfo(added.dtype).min)[:, None, None]
 
     def _read(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Int[Tensor, "row 1"]:
         """One call of the model: the likeliest token after each row."""
@@ -175,7 +234,7 @@ class _Running:
         """Keep what the next call needs, and announce the rows of it."""
         ended = torch.tensor(self._ended, device=self._device)
         self._fed, self._filled, self._going = fed, filled, (~ended).long()
-        self._announce(self.rows, torch.where(ended, int(Role.PADDING), int(Role.RESPONSE))[:, None])
+        self._announce(self.rows, torch.where(ended, int(Role.PADDING), int(Role.RESPONSE))[:, None], True)
 
 
 def _cache(model: Any) -> Any:
@@ -206,9 +265,15 @@ class _Roomy(DynamicLayer):
         super().__init__(*args)
         self._buffers: tuple[Tensor, ...] = ()
         self._end = 0
+        self._column: Tensor | None = None
+        """Where the next token is written, while the layer stands."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the columns of new tokens; returns all that these can look back to, themselves included."""
+        if self._column is not None:
+            self.keys.index_copy_(2, self._column, key_states)
+            self.values.index_copy_(2, self._column, value_states)
+            return self.keys, self.values
         new, rows, added = (key_states, value_states), len(key_states), key_states.shape[2]
         self._count(added)
         if self.keys is None:
@@ -226,6 +291,40 @@ class _Roomy(DynamicLayer):
         self._end += added
         self._view(rows, kept + added)
         return self.keys, self.values
+
+    def holds(self, columns: int) -> bool:
+        """Whether that many columns can lie side by side, and a token look back to all of them."""
+        return self.most is None or columns <= self.most + 1
+
+    def stand(self, columns: int, column: Tensor) -> None:
+        """Return that many columns from now on, and write tokens at `column`, which is looked up on the device."""
+        rows, filled = self.keys.shape[0], self.keys.shape[2]
+        if self._end - filled + columns > self._buffers[0].shape[2]:
+            room = columns - filled
+            self._buffers = tuple(_with_room(part[:, :, : self._end], filled, room) for part in self._buffers)
+            self._end = filled
+        self._end += columns - filled
+        self._view(rows, columns)
+        for part in (self.keys, self.values):
+            # A NaN is one behind a mask too.
+            part[:, :, filled:] = 0
+        self._column = column
+
+    def settle(self, columns: int) -> None:
+        """Grow by what is written again; that many columns have been filled."""
+        standing = self.keys.shape[2]
+        self._column = None
+        self._count(columns - self.get_seq_length())
+        self._end -= standing - columns
+        self._view(len(self.keys), columns)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns to be masked, and the first of them."""
+        return super().get_mask_sizes(query_length) if self._column is None else (self.keys.shape[2], 0)
+
+    def get_seq_length(self) -> int:
+        """Columns before the next token; while the layer stands a token counts as the last one, masks say the rest."""
+        return super().get_seq_length() if self._column is None else self.keys.shape[2] - 1
 
     def keep_rows(self, rows: int, holes: Sequence[int], movers: Sequence[int]) -> None:
         """Move some rows into the places of others, then let go of all but the first `rows`."""
@@ -275,8 +374,8 @@ class _Sliding(_Roomy, DynamicSlidingWindowLayer):
         self.cumulative_length += columns
 
 
-def _with_room(part: Tensor, columns: int) -> Tensor:
+def _with_room(part: Tensor, columns: int, room: int = ROOM) -> Tensor:
     """A copy of the last columns with room for more."""
-    made = part.new_empty(*part.shape[:2], columns + ROOM, part.shape[3])
+    made = part.new_empty(*part.shape[:2], columns + room, part.shape[3])
     made[:, :, :columns] = part[:, :, part.shape[2] - columns :]
     return made

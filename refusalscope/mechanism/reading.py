@@ -19,6 +19,9 @@ from refusalscope.inputs.chat import scored
 from refusalscope.inputs.saes import LayerSae
 from refusalscope.inputs.template import Role
 
+FEW = 2**24
+"""Positions times features that are read all at once: twice 64 MiB."""
+
 # torch gives notice once per process that compressed rows are new; filters set later hold for one thread alone.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
@@ -51,6 +54,29 @@ def entries_of(part: SaeSlice, batch: Trace) -> Entries:
     moves = moved(part, batch, inside)
     prompt, position = (axis[moves.token] for axis in inside.nonzero(as_tuple=True))
     return Entries(part.layer, prompt, position - inside.shape[1], part.features.cpu()[moves.column], moves.value)
+
+
+def entries_of_each(parts: Sequence[SaeSlice], batch: Trace) -> list[Entries]:
+    """The same for several slices of a few features each.
+
+    The host waits for the device once instead of eight times a layer: 20 ms instead of 50 on a card, 26 layers.
+    """
+    widths, inside = [len(part.features) for part in parts], batch.roles != Role.PADDING
+    if inside.numel() * sum(widths) > FEW:
+        return [entries_of(part, batch) for part in parts]
+    made = []
+    for part in parts:
+        clean, patched, slope = (at_layer(batch, name, part) for name in ("clean", "patched", "gradient"))
+        change = part.encode(patched) - part.encode(clean)
+        made.append(torch.stack([change, change * (slope @ part.decoder.T)]))
+    found = []
+    for part, (change, value) in zip(
+        parts, torch.cat(made, -1).cpu().split(widths, dim=-1) if made else (), strict=True
+    ):
+        prompt, position, column = ((change != 0) & inside[..., None]).nonzero(as_tuple=True)
+        value, features = value[prompt, position, column], part.features.cpu()[column]
+        found.append(Entries(part.layer, prompt, position - inside.shape[1], features, value))
+    return found
 
 
 class Moves(NamedTuple):

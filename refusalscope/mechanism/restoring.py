@@ -157,7 +157,7 @@ def _closing(residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     A chat is padded on the left and ends with them, so nothing else needs to be encoded.
     """
     closing = batch.roles == Role.CLOSING
-    width = int(closing.sum(1).max()) if len(closing) else 0
+    width = int(closing.sum(1).max()) if len(closing) and not batch.answering else 0
     start = residual.shape[1] - width
     return residual[:, start:], closing[:, start:]
 

@@ -56,12 +56,11 @@ def answers(
     model: ChatModel, tokens: Tokens, asked: Sequence[Question], slices: Slices, *, size: int
 ) -> list[Response]:
     """The first tokens of each question's answer, as many as must be coherent."""
-    made = batches(model, tokens, asked, slices, size=max(1, len(asked)))
-    return [
-        response
-        for _, rows in made
-        for response in model.generate(rows.tokens, edits=rows.edits, max_new_tokens=ANSWERED, batch_size=size)
-    ]
+    if not asked:
+        return []
+    _, rows = next(batches(model, tokens, asked, slices, size=len(asked)))
+    limits = {"max_new_tokens": ANSWERED, "batch_size": size}
+    return list(model.generate(rows.tokens, edits=rows.edits, recordable=True, **limits))
 
 
 def flips(

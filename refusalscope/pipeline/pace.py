@@ -64,9 +64,11 @@ class _Stepped(NamedTuple):
 def _stepped(model: ChatModel, rows: Prompts, edits: Edits, most: int) -> _Stepped:
     """Answer a batch at ever greater length, `most` at most, until its steps can be told from its prompt."""
     tokens, answers, seconds = model.tokens(rows), (), 0.0
-    prompt = _timed(lambda: model.generate(tokens, edits=edits, max_new_tokens=1)).seconds
+    prompt = _timed(lambda: model.generate(tokens, edits=edits, max_new_tokens=1, recordable=True)).seconds
     for limit in (min(step, most) for step in STEPS):
-        found = _timed(lambda limit=limit: model.generate(tokens, edits=edits, max_new_tokens=1 + limit))
+        found = _timed(
+            lambda limit=limit: model.generate(tokens, edits=edits, max_new_tokens=1 + limit, recordable=True)
+        )
         answers, seconds = found.made, found.seconds - prompt
         if seconds > ENOUGH or all(answer.finish == "end" for answer in answers):
             break

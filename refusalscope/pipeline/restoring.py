@@ -178,5 +178,5 @@ def _batch(job: Job, direction: Direction, arm: Arm, slices: Mapping[int, SaeSli
     elif arm.kind == "random":
         wanted = RandomDirections(restoring.read_distances(model, tokens, wanted, slices), arm.seed)
     made = restoring.editor(wanted, slices=slices)
-    answers = model.generate(tokens, edits=made.edits, max_new_tokens=job.max_new_tokens)
+    answers = model.generate(tokens, edits=made.edits, max_new_tokens=job.max_new_tokens, recordable=True)
     return Responses(batch.name, arm.method, arm.setting, answers, made.changed)

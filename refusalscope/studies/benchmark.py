@@ -79,7 +79,9 @@ def answer(
     """Answer a data set under an arm, greedily, and count the positions its edit changed."""
     made = editor(arm.intervention, layers=len(model.layers), slices=slices)
     tokens = model.answer_tokens(prompts)
-    rows = model.generate(tokens, edits=made.edits, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    rows = model.generate(
+        tokens, edits=made.edits, max_new_tokens=max_new_tokens, batch_size=batch_size, recordable=True
+    )
     return Responses(prompts.name, arm.method, arm.setting, rows, made.changed)
 
 
