@@ -28,7 +28,7 @@ lint: $(INSTALLED)
 notebook: $(INSTALLED)
 	$(BIN)/jupytext --to ipynb --update notebooks/*.py
 
-# Some 16 minutes on two idle cores. At its toy size the GPU's benchmark only shows that it runs.
+# Under 15 minutes on two idle cores. At its toy size the GPU's benchmark only shows that it runs.
 bench: $(INSTALLED)
 	$(call measured,benchmarks/results)
 	$(BIN)/python benchmarks/gpu.py --size toy > /dev/null

@@ -4,19 +4,20 @@
 
 `run testbed` is a process of its own, clocked at the arrows of `pipeline/chains.py`; `small` does every study, `toy`
 none, on four prompts a set, and `full` the testbed's whole grid. Then the same command again, with everything made; and
-a run of the toy's size that is killed half-way and started again. Starting is timed in turn with importing torch, which
-is most of it: the ratio of the two belongs to the program, the seconds to the machine.
+a run of the toy's size that is killed half-way and started again. Starting is held against importing torch, which is
+most of it: the ratio of the two belongs to the program, the seconds to the machine. The way to the first pass is that
+of the toy's run; the command again is also what a run takes of which everything is made.
 """
 
 import argparse
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -37,7 +38,8 @@ TOY: dict[str, Any] = {
     "methods": ["cosine+attribution"],
 }
 RUNS: dict[str, dict[str, Any]] = {"toy": TOY, "small": {}, "full": {"full": True}}
-ROUNDS = {"toy": 1, "small": 1, "full": 11}
+ROUNDS = {"toy": (1, 1), "small": (3, 1), "full": (11, 11)}
+"""Of commands that start and end, and of those rounds how many have the command again, which takes half a minute."""
 TIMES = "times.json"
 PAGE = "testbed/report.html"
 LISTED = 8
@@ -69,12 +71,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def measure(folder: Path, size: str, device: str) -> dict[str, Any]:
     """Every command in turn, each in a process of its own."""
-    first, again = (run(folder / "run", size, device) for _ in range(2))
-    stopped = killed(folder, device, first if size == "toy" else run(folder / "whole", "toy", device))
-    starts = starting(folder, size, device)
+    first = run(folder / "run", size, device)
+    starts, again = starting(folder, size, device)
+    whole = first if size == "toy" else run(folder / "whole", "toy", device)
+    stopped = killed(folder, device, whole)
+    seconds = {name: median(found) for name, found in starts.items()} | {"to the first pass": whole.starting}
 
     def over(name: str) -> float:
-        return measuring.ratio(starts["import torch"], starts[name])
+        return seconds["import torch"] / seconds[name]
 
     return {
         "ratios": {
@@ -84,11 +88,11 @@ def measure(folder: Path, size: str, device: str) -> dict[str, Any]:
             "import torch over a run of which everything is made": over("everything made"),
             "a run over one killed half-way and started again": stopped["whole"] / stopped["killed and again"],
         },
-        "bars": bars(first, median(starts["everything made"]), over("--help"), size),
+        "bars": bars(first, seconds["everything made"], over("--help"), size),
         "tables": [
             by_part(first, again),
-            table("Going on", ["command", "seconds"], [[name, seconds] for name, seconds in stopped.items()]),
-            table("Starting", ["command", "seconds"], [[name, median(found)] for name, found in starts.items()]),
+            table("Going on", ["command", "seconds"], [[name, taken] for name, taken in stopped.items()]),
+            table("Starting", ["command", "seconds"], [[name, taken] for name, taken in seconds.items()]),
             imports(folder, device),
         ],
     }
@@ -145,27 +149,28 @@ def killed(folder: Path, device: str, whole: Times) -> dict[str, float]:
     return dict(zip(names, (whole.whole, half, rest, half + rest), strict=True))
 
 
-def starting(folder: Path, size: str, device: str) -> dict[str, list[float]]:
-    """Seconds of commands that start and end, in turn."""
+def starting(folder: Path, size: str, device: str) -> tuple[dict[str, list[float]], Times]:
+    """Seconds of commands that start and end, in turn, and the last run of which everything was made.
+
+    Nothing is warmed up: a whole run has read all that these read.
+    """
     python = [sys.executable, "-c"]
     commands = {
         "python": [*python, "pass"],
         "import refusalscope": [*python, "import refusalscope"],
         "--help": [sys.executable, "-m", "refusalscope", "--help"],
         "import torch": [*python, "import torch"],
-        "to the first pass": [*child(folder / "first", "toy", device), "--until-first-pass"],
-        "everything made": child(folder / "run", size, device),
     }
-
-    def doing(command: Sequence[str]) -> Callable[[], object]:
-        def do() -> None:
-            shutil.rmtree(folder / "first", ignore_errors=True)
-            (folder / "first").mkdir()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-        return do
-
-    return measuring.interleaved({name: doing(command) for name, command in commands.items()}, ROUNDS[size])
+    rounds, most = ROUNDS[size]
+    seconds: dict[str, list[float]] = defaultdict(list)
+    again = []
+    for number in range(rounds):
+        for name, command in commands.items():
+            do = partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            seconds[name].append(measuring.timed(do))
+        if number < most:
+            again.append(run(folder / "run", size, device))
+    return {**seconds, "everything made": [one.whole for one in again]}, again[-1]
 
 
 def imports(folder: Path, device: str) -> dict[str, Any]:

@@ -3,13 +3,15 @@
     python benchmarks/scaling.py --size small --json benchmarks/results/scaling.json
 
 One of the five moves at a time, the others stay. `candidates` is `attribute` with ten features a layer; `all features`
-is what a run does: traces kept on disk, then each layer's SAE once. Every point is a process of its own, forked from
-one that has only imported, so that its peak is its own.
+is what a run does: traces kept on disk, then each layer's SAE once. Each axis, either way, is a process of its own,
+forked from one that has only imported. Its points are visited in turn and back, those of the axes that carry a bar at
+least three times: what slows the machine for a while does so to all of them, and a median leaves it out.
 """
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from itertools import product
 from math import inf
 from multiprocessing import get_context
@@ -34,6 +36,8 @@ from refusalscope.mechanism import attribution, features
 
 CANDIDATES, K = 10, 20
 WAYS = ("candidates", "all features")
+BARRED = ("prompts", "steps")
+"""The axes that something is promised of."""
 LINEAR, FLAT = 1.05, 0.05
 
 
@@ -48,21 +52,22 @@ class Point(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The point that every axis passes through, the axes, and what never moves.
+    """Where everything stands that an axis does not move, the axes, and what never moves.
 
-    Every point is visited so many times, and each time timed until `seconds` are over.
+    Every point of an axis is visited so many times, where none are named once, and each time timed until `seconds` are
+    over.
     """
 
     start: Point
     axes: Mapping[str, tuple[int, ...]]
-    visits: int
+    visits: Mapping[str, int]
     seconds: float
     width: int
     batch: int
 
 
 class Found(NamedTuple):
-    """One visit to one point of an axis, and the most MiB held at a time beyond what was loaded."""
+    """One point of an axis, in medians over its visits, and the most MiB held at a time beyond what was loaded."""
 
     axis: str
     value: int
@@ -90,70 +95,88 @@ AXES = {
     "d_sae": (1024, 2048, 4096, 8192, 16384),
     "steps": (1, 2, 4, 8, 16),
 }
+FEWER = {
+    "prompts": (64, 160, 416, 1024),
+    "positions": (16, 32, 64),
+    "layers": (2, 4, 8),
+    "d_sae": (1024, 4096, 16384),
+    "steps": (1, 2, 4, 8, 16),
+}
 TOY = {"prompts": (2, 4), "steps": (1, 2)}
+OFTEN: dict[str, int] = dict.fromkeys(BARRED, 3)
 SIZES = {
-    "toy": Plan(Point(2, 12, 2, 128, 1), TOY, visits=1, seconds=0, width=64, batch=2),
-    "small": Plan(Point(64, 16, 4, 2048, 5), AXES, visits=1, seconds=1, width=128, batch=32),
-    "full": Plan(Point(64, 32, 6, 4096, 5), AXES, visits=3, seconds=1, width=256, batch=32),
+    "toy": Plan(Point(2, 12, 2, 128, 1), TOY, {}, seconds=0, width=64, batch=2),
+    "small": Plan(Point(64, 16, 4, 2048, 5), FEWER, OFTEN, seconds=0.3, width=128, batch=32),
+    "full": Plan(Point(64, 32, 6, 4096, 5), AXES, dict.fromkeys(AXES, 3), seconds=1, width=256, batch=32),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = measuring.parser(__doc__, tuple(SIZES)).parse_args(argv)
     plan = SIZES[options.size]
-    stops = [(plan, axis, value, way) for axis, values in plan.axes.items() for value, way in product(values, WAYS)]
-    stops = [stop for turn in range(plan.visits) for stop in stops[:: -1 if turn % 2 else 1]]
+    stops = [(plan, axis, way) for axis, way in product(plan.axes, WAYS)]
     # The toy size is there for the tests, which need no peaks.
-    found = list(map(visit, stops) if options.size == "toy" else apart(stops))
-    return measuring.finish("scaling", options, result(plan, found))
+    made = map(along, stops) if options.size == "toy" else apart(stops)
+    return measuring.finish("scaling", options, result(plan, [one for found in made for one in found]))
 
 
-def apart(stops: Sequence[tuple[Plan, str, int, str]]) -> Iterator[Found]:
-    """Each stop in a process of its own."""
+def apart(stops: Sequence[tuple[Plan, str, str]]) -> Iterator[list[Found]]:
+    """Each axis, either way, in a process of its own."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["sae_lens", "transformers.models.llama.modeling_llama", "refusalscope"])
     with ProcessPoolExecutor(1, context, torch.set_flush_denormal, (True,), max_tasks_per_child=1) as processes:
-        yield from processes.map(visit, stops)
+        yield from processes.map(along, stops)
 
 
-def visit(stop: tuple[Plan, str, int, str]) -> Found:
-    """Measure a point of an axis, the axis aside as at the start."""
-    plan, axis, value, way = stop
-    point = plan.start._replace(**{axis: value})
+def along(stop: tuple[Plan, str, str]) -> list[Found]:
+    """Measure every point of an axis, the axis aside as at the start."""
+    plan, axis, way = stop
+    do = {"candidates": candidates, "all features": all_features}[way]
     with TemporaryDirectory() as folder:
-        bench = synthetic.load(Shape(point.layers, plan.width, point.d_sae, 1, point.positions), Path(folder))
-        prompts = worded(bench.model, point.prompts, point.positions)
-        do = {"candidates": candidates, "all features": all_features}[way]
-
-        def run(rows: Prompts) -> Callable[[], None]:
-            return lambda: do(bench, rows, attribution.sound(point.steps), plan.batch, Path(folder))
-
-        # Whatever is set up once, by the first forward, backward or read, is no part of what grows.
-        run(prompts[: plan.batch])()
-        return Found(axis, value, way, *measured(run(prompts), plan.seconds, Path(folder)))
-
-
-def measured(run: Callable[[], None], enough: float, folder: Path) -> tuple[float, float, float]:
-    """Median seconds, the peak in MiB of the first of the runs timed, and that of tensors in a run of its own."""
-    gc.collect()
-    give_back()
-    seconds = []
-    with measuring.peak() as peak:
-        seconds.append(measuring.timed(run))
-    while sum(seconds) < enough:
-        seconds.append(measuring.timed(run))
-    return median(seconds), peak.megabytes, measuring.tensors(run, folder)
+        root, runs = Path(folder), {}
+        load = cache(lambda shape: synthetic.load(shape, root / "-".join(map(str, shape))))
+        for value in plan.axes[axis]:
+            point = plan.start._replace(**{axis: value})
+            bench = load(Shape(point.layers, plan.width, point.d_sae, 1, point.positions))
+            prompts = worded(bench.model, point.prompts, point.positions)
+            # A folder a point: what is written takes longer where much was written before.
+            attribute = partial(do, bench, attribution.sound(point.steps), plan.batch, root / str(value))
+            # Whatever is set up once, by the first forward, backward or read, is no part of what grows.
+            attribute(prompts[: plan.batch])
+            runs[value] = partial(attribute, prompts)
+        visits = visited(runs, plan.visits.get(axis, 1), plan.seconds)
+        found = []
+        for value, run in runs.items():
+            seconds, resident = (median(part) for part in zip(*visits[value], strict=True))
+            found.append(Found(axis, value, way, seconds, resident, measuring.tensors(run, root)))
+        return found
 
 
-def candidates(bench: Bench, prompts: Prompts, scheme: attribution.Scheme, batch: int, _folder: Path) -> None:
+def visited(runs: Mapping[int, Callable[[], None]], turns: int, enough: float) -> dict[int, list[tuple[float, float]]]:
+    """Median seconds and peak in MiB of every visit, each point's; every second turn goes back."""
+    visits: dict[int, list[tuple[float, float]]] = {value: [] for value in runs}
+    for turn in range(turns):
+        for value in list(runs)[:: -1 if turn % 2 else 1]:
+            gc.collect()
+            give_back()
+            seconds = []
+            # All runs are watched, or none: watching only the first would slow those points that are run once.
+            with measuring.peak() as peak:
+                while not seconds or sum(seconds) < enough:
+                    seconds.append(measuring.timed(runs[value]))
+            visits[value].append((median(seconds), peak.megabytes))
+    return visits
+
+
+def candidates(bench: Bench, scheme: attribution.Scheme, batch: int, _folder: Path, prompts: Prompts) -> None:
     listed = dict.fromkeys(bench.saes.layers, range(CANDIDATES))
     attribution.attribute(
         *(bench.model, bench.saes, prompts, bench.direction), candidates=listed, scheme=scheme, batch_size=batch
     )
 
 
-def all_features(bench: Bench, prompts: Prompts, scheme: attribution.Scheme, batch: int, folder: Path) -> None:
-    store, layers = Store(folder / "run"), bench.saes.layers
+def all_features(bench: Bench, scheme: attribution.Scheme, batch: int, folder: Path, prompts: Prompts) -> None:
+    store, layers = Store(folder), bench.saes.layers
     paths = []
     for number, (_, tokens) in enumerate(bench.model.batches(prompts, batch)):
         paths.append(f"traces/{number:04d}")
@@ -182,30 +205,23 @@ def result(plan: Plan, found: Sequence[Found]) -> dict[str, Any]:
     }
     claims = [
         bar(f"exponent of time in {axis}, {way}", growth[way, axis].exponent, most=LINEAR)
-        for axis, way in product(("prompts", "steps"), WAYS)
+        for axis, way in product(BARRED, WAYS)
     ]
     claims += [
         bar(f"growth of memory, {span(plan, axis)}, {way}", growth[way, axis].memory, most=FLAT)
-        for axis, way in product(("prompts", "steps"), WAYS)
+        for axis, way in product(BARRED, WAYS)
     ]
     return {"bars": claims, "tables": [table_of(plan, growth, found)], "curves": curves(plan, found)}
 
 
 def grown(found: Sequence[Found]) -> Growth:
-    """A line through the logarithms, by least squares; its interval by Student's t. Memory as medians over visits."""
+    """A line through the logarithms, by least squares; its interval by Student's t."""
     from scipy import stats
 
     fitted: Any = stats.linregress(np.log([one.value for one in found]), np.log([one.seconds for one in found]))
     wide = float(stats.t.ppf(0.975, len(found) - 2) * fitted.stderr) if len(found) > 2 else inf
-    held = medians(found, "tensors")
-    memory = held[-1][1] / held[0][1] - 1 if held[0][1] else inf
+    memory = found[-1].tensors / found[0].tensors - 1 if found[0].tensors else inf
     return Growth(float(fitted.slope), float(fitted.slope) - wide, float(fitted.slope) + wide, memory)
-
-
-def medians(found: Sequence[Found], what: str) -> list[tuple[int, float]]:
-    """(value, median over the visits), ascending."""
-    values = sorted({one.value for one in found})
-    return [(value, median(getattr(one, what) for one in found if one.value == value)) for value in values]
 
 
 def span(plan: Plan, axis: str) -> str:
@@ -217,16 +233,18 @@ def table_of(plan: Plan, growth: Mapping[tuple[str, str], Growth], found: Sequen
     rows = []
     for (way, axis), grew in growth.items():
         here = [one for one in found if (one.axis, one.way) == (axis, way)]
-        resident, tensors = ([part for _, part in medians(here, what)] for what in ("resident", "tensors"))
-        ends = [f"{part[0]:.1f} to {part[-1]:.1f}" for part in (tensors, resident)]
+        first, last = here[0], here[-1]
+        ends = [f"{first.tensors:.1f} to {last.tensors:.1f}", f"{first.resident:.1f} to {last.resident:.1f}"]
         interval = f"{grew.low:.2f} to {grew.high:.2f}"
         rows.append([span(plan, axis), way, f"{grew.exponent:.2f}", interval, *ends, f"{100 * grew.memory:+.1f} %"])
     start = ", ".join(f"{value} {axis}" for axis, value in plan.start._asdict().items())
+    often = ", ".join(f"{axis} {plan.visits.get(axis, 1)}" for axis in plan.axes)
     return table(
         "Growth along each axis",
         ["axis", "attributed", "exponent of time", "95 %", "MiB of tensors", "MiB resident", "growth in tensors"],
         rows,
         f"A random Llama of width {plan.width}, batches of {plan.batch}; what an axis does not move stands at {start}. "
+        f"Times are medians over visits to each point in turn: {often}. "
         "An exponent of 1 is proportional, less is a fixed part beside it. MiB are peaks beyond what was loaded: of "
         "tensors, which torch counts to the byte, and of the process, whose heap makes them differ between runs by a "
         "tenth.",
@@ -240,7 +258,10 @@ def curves(plan: Plan, found: Sequence[Found]) -> list[dict[str, Any]]:
             f"{quantity} and {axis}",
             axis,
             unit,
-            {way: medians([one for one in found if (one.axis, one.way) == (axis, way)], what) for way in WAYS},
+            {
+                way: [(one.value, getattr(one, what)) for one in found if (one.axis, one.way) == (axis, way)]
+                for way in WAYS
+            },
         )
         for axis, (quantity, unit, what) in product(
             plan.axes, (("Time", "seconds", "seconds"), ("Memory", "MiB of tensors", "tensors"))

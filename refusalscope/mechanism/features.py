@@ -186,19 +186,23 @@ def layer_scores(
     none. Prompts that removal did not flip are left out.
     """
     whole = sae.here(None)
-    total, columns = torch.zeros(sae.size, dtype=torch.float64), set()
+    total, kept, moved = torch.zeros(sae.size, dtype=torch.float64), *torch.zeros(2, sae.size, dtype=torch.bool)
     for batch in traces:
         scores = _batch_scores(whole, batch, where, over)
         total += scores.double().sum(0)
-        columns.update(scores.topk(min(k, sae.size), dim=1).indices.flatten().tolist())
-    columns.update(total.topk(min(KEPT, sae.size)).indices.tolist())
+        kept[scores.topk(min(k, sae.size), dim=1).indices.flatten()] = True
+        moved |= (scores != 0).any(0)
+    kept[total.topk(min(KEPT, sae.size)).indices] = True
     # Read a second time, these columns alone: every prompt's scores of all features would grow with the prompts.
-    part = sae.here(sorted(columns))
-    values = torch.cat([_batch_scores(part, batch, where, over) for batch in traces])
-    inside = (values != 0).any(0)
-    ids = tuple(n for part in traces for n, kept in zip(part.prompt_ids, part.flipped.tolist(), strict=True) if kept)
-    features = tuple(Feature(sae.layer, i) for i in part.features[inside].tolist())
-    return Scores("attribution", ids, features, values[:, inside])
+    columns = (kept & moved).nonzero()[:, 0].tolist()
+    part = sae.here(columns)
+    ids = [n for batch in traces for n, flips in zip(batch.prompt_ids, batch.flipped.tolist(), strict=True) if flips]
+    values, start = torch.empty(len(ids), len(columns)), 0
+    for batch in traces:
+        scores = _batch_scores(part, batch, where, over)
+        values[start : start + len(scores)] = scores
+        start += len(scores)
+    return Scores("attribution", tuple(ids), tuple(Feature(sae.layer, i) for i in columns), values)
 
 
 def _batch_scores(part: SaeSlice, batch: Trace, where: Where, over: int | None) -> Float[Tensor, "flipped k"]:
