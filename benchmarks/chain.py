@@ -104,14 +104,14 @@ def traces(model: ChatModel, prompts: Prompts, found: Direction, saes: SaeBank, 
 def feature_sets(saes: SaeBank, traced: Sequence[Trace], found: Direction, k: int) -> list[FeatureSet]:
     """One pass over the SAEs, as `pipeline/select.py` reads them; three sets."""
     residuals = features.traced_residuals(traced)
-    surveys, entries, scores = [], [], []
+    surveys, entries, scores = [], [], None
     for sae in saes.each():
         surveys.append(features.survey(sae, residuals, found, keep=max(features.PER_LAYER, k)))
         entries += layer_entries(sae, traced, features.candidates(surveys[-1:])[sae.layer])
         layer_totals(sae, traced)
-        scores.append(features.layer_scores(sae, traced, k=k))
+        scores = features.best(scores, features.layer_scores(sae, traced, k=k), k)
     by_candidates = features.prompt_scores(assemble(traced, entries))
-    chosen = [features.choose(one, k).features for one in (by_candidates, features.join(scores))]
+    chosen = [features.choose(one, k).features for one in (by_candidates, scores) if one is not None]
     return [*chosen, features.cosine(surveys, k)]
 
 

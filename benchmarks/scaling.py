@@ -182,7 +182,9 @@ def all_features(bench: Bench, scheme: attribution.Scheme, batch: int, folder: P
         paths.append(f"traces/{number:04d}")
         store.put(paths[-1], "", attribution.trace(bench.model, tokens, bench.direction, layers=layers, scheme=scheme))
     traces = [store.read(path, Trace) for path in paths]
-    features.join([features.layer_scores(sae, traces, k=K) for sae in bench.saes.each()])
+    scores = None
+    for sae in bench.saes.each():
+        scores = features.best(scores, features.layer_scores(sae, traces, k=K), K)
 
 
 def worded(model: ChatModel, count: int, positions: int) -> Prompts:

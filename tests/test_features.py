@@ -1,6 +1,7 @@
 """Feature sets hold the best features by the stated rules: ties, signs, averages, controls; and behave as sets do."""
 
 import math
+from functools import partial, reduce
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,26 @@ def test_only_the_best_features_are_kept_and_no_prompts_own_best_is_missed(
     assert len(kept.features) < len(every.features)
     columns = [every.features.index(feature) for feature in kept.features]
     torch.testing.assert_close(kept.values, every.values[:, columns], atol=1e-6, rtol=1e-5)
+
+
+@given(st.integers(0, 2**20), st.integers(1, 4), st.booleans())
+def test_nothing_that_could_be_chosen_is_lost_when_layers_are_put_together(seed: int, k: int, signed: bool) -> None:
+    made = torch.Generator().manual_seed(seed)
+    parts = [
+        scored(named(*((layer, index) for index in range(12))), torch.randn(5, 12, generator=made))
+        for layer in (0, 3, 4)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "KEPT", 4)
+        found = reduce(partial(features.best, k=k), parts)
+    every = features.join(parts)
+    assert len(found.features) < len(every.features)
+    assert choose(found, k, signed=signed).features.features == choose(every, k, signed=signed).features.features
+    assert [one.features for one in features.per_prompt(found, k).values()] == [
+        one.features for one in features.per_prompt(every, k).values()
+    ]
+    columns = [every.features.index(feature) for feature in found.features]
+    assert torch.equal(found.values, every.values[:, columns])
 
 
 def test_largest_activations_are_those_of_every_token(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ class OwnUnits(NamedTuple):
     """Activations as the SAE itself counts them."""
 
     activations: Float[Tensor, "*batch k"]
-    scale: Float[Tensor, "*batch 1"]
+    scale: Float[Tensor, "*batch 1"] | Float[Tensor, ""]
     """s: residual units per unit of the SAE's own."""
 
 

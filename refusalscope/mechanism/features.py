@@ -4,6 +4,7 @@ Scores are kept per prompt, so choosing again (per prompt, on resampled prompts)
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,8 @@ PER_LAYER = 10
 """K0: candidates per layer (published)."""
 KEPT = 100
 """Features per layer that enter `Scores` by their mean, beside every prompt's own best."""
+ROWS = 64
+"""Prompts whose scores are copied at a time: a copy of all would be as much again."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -212,6 +215,39 @@ def _batch_scores(part: SaeSlice, batch: Trace, where: Where, over: int | None) 
     cells = inside.nonzero(as_tuple=True)[0][moves.token] * size + moves.column
     total = torch.zeros(len(inside) * size).index_add_(0, cells, moves.value).view(len(inside), size)
     return (total / (inside.sum(1)[:, None] if over is None else over))[batch.flipped]
+
+
+def best(held: Scores | None, more: Scores, k: int) -> Scores:
+    """The scores of one more layer beside those of others, of what choosing up to `k` features could need.
+
+    That is every prompt's own `k` best of all layers, and each layer's best by their mean: of 4 layers and 1,024
+    prompts half of all scores.
+    """
+    if held is None:
+        return more
+    both = (held, more)
+    own = torch.cat([one.values.topk(min(k, len(one.features)), dim=1).values for one in both], 1)
+    # Of each prompt, its k-th best score.
+    least = own.topk(min(k, own.shape[1]), dim=1).values[:, -1:]
+    columns = [_columns(one, least) for one in both]
+    features = tuple(one.features[i] for one, wanted in zip(both, columns, strict=True) for i in wanted.tolist())
+    values = held.values.new_empty(len(held.prompt_ids), len(features))
+    for rows in torch.arange(len(values)).split(ROWS):
+        values[rows] = torch.cat([one.values[rows][:, wanted] for one, wanted in zip(both, columns, strict=True)], 1)
+    return replace(held, features=features, values=values)
+
+
+def _columns(scores: Scores, least: Float[Tensor, "prompt 1"]) -> Int[Tensor, "kept"]:
+    """Which columns hold a score of at least so much, or are among their layer's best by their mean."""
+    kept = (scores.values >= least).any(0)
+    total = sum(
+        (rows.double().sum(0) for rows in scores.values.split(ROWS)), torch.zeros(len(kept), dtype=torch.float64)
+    )
+    layers = torch.tensor([feature.layer for feature in scores.features])
+    for layer in layers.unique():
+        here = (layers == layer).nonzero()[:, 0]
+        kept[here[total[here].topk(min(KEPT, len(here))).indices]] = True
+    return kept.nonzero()[:, 0]
 
 
 def join(parts: Sequence[Scores]) -> Scores:

@@ -134,7 +134,7 @@ def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Tra
     surveys: list[LayerSurvey] = []
     entries: list[Entries] = []
     slopes: list[Entries] = []
-    scores: list[Scores] = []
+    scores: Scores | None = None
     highest: list[tuple[Scores, Scores]] = []
     totals: list[LayerTotals] = []
     notes: dict[str, list[int]] = {}
@@ -149,14 +149,14 @@ def read_layers(job: Job, fitted: Fitted, refused: Prompts, traces: Sequence[Tra
         if slope_traces:
             slopes += layer_entries(sae, slope_traces, listed)
         if "attribution" in wanted:
-            scores.append(features.layer_scores(sae, traces, k=most, where=where, over=over))
+            scores = features.best(scores, features.layer_scores(sae, traces, k=most, where=where, over=over), most)
         if harmless is not None:
             highest.append(features.layer_highest(sae, maxima, harmless))
     return Reading(
         surveys,
         assemble(traces, entries),
         assemble(slope_traces, slopes) if slope_traces else None,
-        features.join(scores) if scores else None,
+        scores,
         (features.join([a for a, _ in highest]), features.join([b for _, b in highest])) if highest else None,
         totals,
         notes,
