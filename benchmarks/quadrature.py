@@ -55,7 +55,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "toy": Size(2, 24, (1, 5, 10), 12, 2),
-    "small": Size(6, 128, tuple(range(1, 21)), 256, 6),
+    "small": Size(5, 128, tuple(range(1, 21)), 256, 6),
     "full": Size(64, 128, tuple(range(1, 21)), 256, 6),
 }
 
