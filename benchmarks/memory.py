@@ -76,7 +76,9 @@ def compare(case: str) -> dict[str, Any]:
 def measure(case: str, folder: Path) -> dict[str, Any]:
     """Run the chain, watched. Returns the plan and the peak, over all and by what was being done."""
     for module in pkgutil.walk_packages(refusalscope.__path__, "refusalscope."):
-        import_module(module.name)
+        # Kernels are for a card, and a torch without one brings no Triton.
+        if module.name != "refusalscope.inputs.kernels":
+            import_module(module.name)
     for name in (*LIBRARIES, f"transformers.models.{'gemma2' if case == 'gemma' else 'llama'}"):
         import_module(name)
     from refusalscope.pipeline import chains, options
