@@ -253,7 +253,8 @@ def _add(vector: Float[Tensor, "d_model"], made: Editor) -> Edit:
 
 
 Rule = Callable[[Tensor, Tensor, Batch], Tensor]
-"""(activations [prompt, position, k], s(z) [prompt, position, 1], batch) -> by how much they change, residual units."""
+"""(activations [prompt, position, k], s(z) [prompt, position, 1] or a single 1, batch) -> by how much they change, in
+residual units."""
 
 
 def _rule(intervention: FeatureEdit, part: SaeSlice) -> Rule:

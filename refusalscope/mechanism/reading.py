@@ -62,7 +62,7 @@ def entries_of_each(parts: Sequence[SaeSlice], batch: Trace) -> list[Entries]:
     The host waits for the device once instead of eight times a layer: 20 ms instead of 50 on a card, 26 layers.
     """
     widths, inside = [len(part.features) for part in parts], batch.roles != Role.PADDING
-    if inside.numel() * sum(widths) > FEW:
+    if not parts or inside.numel() * sum(widths) > FEW:
         return [entries_of(part, batch) for part in parts]
     made = []
     for part in parts:
@@ -70,9 +70,7 @@ def entries_of_each(parts: Sequence[SaeSlice], batch: Trace) -> list[Entries]:
         change = part.encode(patched) - part.encode(clean)
         made.append(torch.stack([change, change * (slope @ part.decoder.T)]))
     found = []
-    for part, (change, value) in zip(
-        parts, torch.cat(made, -1).cpu().split(widths, dim=-1) if made else (), strict=True
-    ):
+    for part, (change, value) in zip(parts, torch.cat(made, -1).cpu().split(widths, dim=-1), strict=True):
         prompt, position, column = ((change != 0) & inside[..., None]).nonzero(as_tuple=True)
         value, features = value[prompt, position, column], part.features.cpu()[column]
         found.append(Entries(part.layer, prompt, position - inside.shape[1], features, value))
