@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import dropwhile, takewhile
 from typing import Any, Literal, NamedTuple
 
 from refusalscope.core.types import Response
 
+REMEMBERED = 2048
+"""Chats that a template keeps as tokens, those asked for last: 3 kB each where they are 64 tokens."""
 SENTINEL = "refusalscope-user-text"
 SYSTEM_SENTINEL = "refusalscope-system-text"
 ANSWER_SENTINEL = "refusalscope-answer-text"
@@ -121,6 +123,8 @@ class ChatTemplate:
         if not tokenizer.is_fast:
             raise ValueError(f"{name} has a slow tokenizer without character offsets: save a tokenizer.json for it")
         self.about: dict[str, str] = {}
+        # A run of the testbed asks 29,000 times for 4,000 chats: 3.4 s of its three minutes.
+        self._remembered = lru_cache(REMEMBERED)(self._encode)
         source: str = tokenizer.get_chat_template(self.style.template)
         self._source = CLOCK_MACRO + source if CLOCK in source else source
         self._special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
@@ -134,7 +138,13 @@ class ChatTemplate:
         self._record()
 
     def encode(self, text: str, *, thinking: Thinking = "off") -> Encoded:
-        """Ids and roles of the prompt that asks `text`, up to and including the generation prompt, exactly one BOS."""
+        """Ids and roles of the prompt that asks `text`, up to and including the generation prompt, exactly one BOS.
+
+        To be read and not changed: whoever asks for the same again gets the same.
+        """
+        return self._remembered(text, thinking)
+
+    def _encode(self, text: str, thinking: Thinking) -> Encoded:
         header, closing, appended = self._frames[thinking]
         rendered = self._render(text, thinking) + appended
         if not (rendered.startswith(header) and rendered.endswith(closing)):

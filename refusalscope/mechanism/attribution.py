@@ -7,7 +7,7 @@ which each layer's SAE is read once (`reading.py`). Knows nothing of feature set
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -286,6 +286,19 @@ def _mean_slopes(
     return total
 
 
+class _StraightThrough(torch.autograd.Function):
+    """`z + node (end - z)`, a node for each group of rows: the mixture forward, the identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, end: Tensor, nodes: Sequence[float]) -> Tensor:
+        mixed = [torch.lerp(z, end, node) for z, node in zip(residual.chunk(len(nodes)), nodes, strict=True)]
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        return slopes[0], None, None
+
+
 def _slopes(
     model: ChatModel,
     tokens: Tokens,
@@ -300,10 +313,7 @@ def _slopes(
 
     def mix(layer: int) -> Edit:
         def edit(residual: Tensor, batch: Batch) -> Tensor:
-            end = ends[layer]
-            # `z + a (end - z.detach())`: the mixture forward, the identity backward.
-            rows = zip(residual.chunk(count), nodes.tolist(), strict=True)
-            mixed = torch.cat([torch.add(z, end - z.detach(), alpha=node) for z, node in rows])
+            mixed = _StraightThrough.apply(residual, ends[layer], nodes.tolist())
             outputs[layer] = mixed if mixed.requires_grad else mixed.requires_grad_(True)
             return outputs[layer]
 
