@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from refusalscope.core.types import Feature, FeatureSet, Prompts, Response, SaeSlice
-from refusalscope.inputs import decoding, replay
+from refusalscope.inputs import cache, decoding, replay
 from refusalscope.inputs.chat import Batch, ChatModel, Edits
 from refusalscope.mechanism.interventions import (
     Editor,
@@ -141,7 +141,7 @@ def test_the_cache_holds_no_more_than_a_batch_of_the_longest(model: ChatModel) -
     handle.remove()
     assert sum(answer.tokens for answer in answers) > 4 * most  # without dropping columns there would be more
     assert max(rows for rows, _, _ in held) <= 4
-    assert max(columns for _, columns, _ in held) <= most + decoding.ROOM
+    assert max(columns for _, columns, _ in held) <= most + cache.ROOM
 
 
 def test_a_row_that_broke_leaves_nothing_to_the_next(model: ChatModel) -> None:

@@ -194,9 +194,13 @@ def find_layers(model: Any, name: str) -> nn.ModuleList:
 
 def keep_softcapping(model: Any) -> None:
     """Let a model that caps its attention logits do so: `sdpa` refuses to, or leaves the cap out without a word."""
-    text = model.config.get_text_config()
-    if getattr(text, "attn_logit_softcapping", None) is not None and text._attn_implementation == "sdpa":
+    if caps_attention(model) and model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
+
+
+def caps_attention(model: Any) -> bool:
+    """Whether attention logits are bounded by a soft cap, as Gemma 2's are."""
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def end_tokens(model: Any, tokenizer: Any, own: int | None) -> tuple[int, list[int]]:
