@@ -92,8 +92,8 @@ def expected_error(
 @lru_cache(maxsize=2)
 def _draws(clusters: int, seed: int) -> Float[ndarray, "resample cluster"]:
     """How often each resample holds each cluster."""
-    # Every probe is measured on the same two sets of prompts in turn: drawn anew for each of 104 errors, the draws were
-    # 2.8 s of the testbed's run; drawn once for each set they are 0.1 s.
+    # Every probe is measured on the same two sets of prompts in turn: where each drew anew, the 104 errors of the
+    # testbed took 2.8 s, and drawn once for each set they take 0.2 s.
     drawn = np.random.default_rng(seed).multinomial(clusters, [1 / clusters] * clusters, RESAMPLES).astype(float)
     drawn.flags.writeable = False
     return drawn
