@@ -42,7 +42,7 @@ SMALL = Load(("gemma-2-2b",), (0, 16, 24), prompts=100, positions=64, answer=256
 SIZES = {
     "toy": Load(tuple(PUBLISHED), (0,), 16, 12, answer=4, chain=chain.Load(16, 8, 4, features=5), rounds=1, rows=128),
     "small": SMALL,
-    "full": SMALL._replace(models=tuple(PUBLISHED), rounds=5),
+    "full": SMALL._replace(models=tuple(PUBLISHED)),
 }
 
 
