@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from markupsafe import escape
 from refusalscope.core import stats
 from refusalscope.core.store import Store
 from refusalscope.core.types import Feature, FeatureSet, Finding, Response, Responses
+from refusalscope.inputs.chat import Given
+from refusalscope.mechanism.effects import contrast, metric_under
 from refusalscope.mechanism.interventions import editor
 from refusalscope.pipeline import categories as pipeline
 from refusalscope.pipeline import fit, measure
@@ -21,6 +24,7 @@ from refusalscope.pipeline.options import Options
 from refusalscope.pipeline.sizes import WHOLE
 from refusalscope.report import categories as report
 from refusalscope.report import plots
+from refusalscope.studies import benchmark
 from refusalscope.studies import categories as study
 from refusalscope.studies.categories import Arm, Effect, Kind, Measured, Rest, Served
 from tests import tiny
@@ -200,6 +204,53 @@ def test_held_features_win_where_scaled_ones_are_edited_too(tmp_path: Path) -> N
     expected = between + (kept.encode(clean) - kept.encode(between)) @ kept.decoder
     inside = tokens.roles != 0
     torch.testing.assert_close(edited[inside], expected[inside], atol=1e-5, rtol=1e-5)
+
+
+def test_a_metric_that_goes_on_from_the_first_scaled_layer_is_that_of_a_whole_pass(tmp_path: Path) -> None:
+    model, saes = tiny.chat_model(), tiny.bank(tmp_path)
+    rows = tiny.prompts()
+    slices = saes.slices({1: [5], 2: [4]})
+    made = Arm("specific", "specific", FeatureSet("s", (Feature(2, 4),), (1.0,)), 3.0, features(5), "held")
+    held = pipeline._recorded(model, rows, [made], slices, batch_size=len(rows), render=model.tokens)
+    edits = editor(pipeline._intervention(made, held), layers=4, slices=slices).edits
+    tokens = model.tokens(rows)
+    seen = contrast(model, tokens, tiny.direction())
+    clean = model.run(tokens, keep=[2], offload=False).residuals
+    assert pipeline._first(made) == 2
+    assert sorted(edits) == [1, 2]
+    found = pipeline._metric(model, seen, edits, Given(2, clean[2]))
+    torch.testing.assert_close(found, metric_under(model, seen, edits).metric, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, seen.clean, atol=1e-3)
+    # What changes nothing leaves every bit in its place.
+    assert torch.equal(pipeline._metric(model, seen, {}, Given(2, clean[2])), seen.clean)
+
+
+def test_edits_that_are_answered_together_are_those_answered_alone(tmp_path: Path) -> None:
+    model, saes = tiny.chat_model(), tiny.bank(tmp_path)
+    rows = tiny.prompts()
+    slices = saes.slices({1: [3, 5, 9], 2: [4]})
+    edits = [
+        Arm(
+            "specific",
+            "specific",
+            FeatureSet("s", (Feature(1, 3), Feature(2, 4)), (1.0, 1.0)),
+            3.0,
+            features(5),
+            "held",
+        ),
+        Arm("common", "common", features(9, 3), -2.0, None, "free"),
+    ]
+    held = pipeline._recorded(model, rows, edits, slices, batch_size=len(rows), render=model.answer_tokens)
+    arms = [
+        *(benchmark.Arm(one.method, one.setting, pipeline._intervention(one, held)) for one in edits),
+        benchmark.BASE,
+    ]
+    # Fewer at once than there are rows: rows of one arm take the places of another's.
+    given: dict[str, Any] = {"slices": slices, "batch_size": len(rows) + 1, "max_new_tokens": 12}
+    together = benchmark.answer_each(model, rows, arms, **given)
+    assert together == [benchmark.answer(model, rows, arm, **given) for arm in arms]
+    assert [made.changed > 0 for made in together] == [True, True, False]
+    assert len({tuple(row.text for row in made.rows) for made in together}) > 1
 
 
 SMALL = Options(

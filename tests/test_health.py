@@ -90,6 +90,7 @@ def test_health_equals_one_text_at_a_time(model: ChatModel, tmp_path: Path, plac
     layer, prompts = 1, tiny.prompts()
     texts, sae = _texts(model, prompts)[place], tiny.bank(tmp_path).layer(layer)
     known = measuring.averages(model, texts, [0, layer])
+    measuring.floors(model, texts, 0, known)  # what is known of a layer before is gone on from
     floors, spliced = measuring.floors(model, texts, layer, known), measuring.splice(model, texts, sae)
     lone = [
         (t.ids[i][t.mask[i]].tolist(), t.roles[i][t.mask[i]].tolist()) for t in texts.batches for i in range(len(t.ids))

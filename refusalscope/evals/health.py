@@ -5,7 +5,8 @@ from one table. What no SAE enters (cross-entropy unedited, and with the residua
 measured apart, once for all sets. The first token of a text, an outlier in every model, keeps its residual.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from refusalscope.core.encoding import at_once
 from refusalscope.core.types import Prompts, Response
 from refusalscope.evals.capability import DOCUMENT_TOKENS
 from refusalscope.evals.likelihood import answer_batches, cross_entropies, scorable
-from refusalscope.inputs.chat import Batch, ChatModel, Tokens
+from refusalscope.inputs.chat import Batch, ChatModel, Given, Tokens
 from refusalscope.inputs.saes import LayerSae
 from refusalscope.inputs.template import Role
 
@@ -32,11 +33,42 @@ Replace = Callable[
 """Residuals -> what is put in their place, and figures of each token."""
 
 
+class Clean:
+    """The unedited residuals of texts after one layer at a time, in main memory: later layers are run on from there.
+
+    With 8 layers, each replaced nine times, 13 s instead of 19.
+    """
+
+    def __init__(self, model: ChatModel, batches: Sequence[Tokens]) -> None:
+        self._model, self._batches = model, batches
+        self._layer = -1
+        self._known: list[Tensor] = []
+
+    def after(self, layer: int) -> Iterator[Given | None]:
+        """What is known of each batch; nothing where the model cannot go on from a layer."""
+        if self._model.resumable and layer != self._layer:
+            before = self._given() if self._layer < layer else repeat(None)
+            runs = (
+                self._model.run(tokens, keep=[layer], given=given)
+                for tokens, given in zip(self._batches, before, strict=False)
+            )
+            self._known = [run.residuals[layer] for run in runs]
+            self._layer = layer
+        return self._given()
+
+    def _given(self) -> Iterator[Given | None]:
+        if not self._known or not self._model.resumable:
+            return repeat(None)
+        devices = (tokens.ids.device for tokens in self._batches)
+        return (Given(self._layer, z.to(device)) for z, device in zip(self._known, devices, strict=True))
+
+
 class Texts(NamedTuple):
     """Texts of one kind, tokenised in batches."""
 
     kind: Kind
     batches: Sequence[Tokens]
+    clean: Clean
 
 
 class Averages(NamedTuple):
@@ -94,14 +126,16 @@ class Cosine(NamedTuple):
 def chats(model: ChatModel, prompts: Prompts, answers: Mapping[str, Response], *, batch_size: int) -> list[Texts]:
     """Prompts with the model's own answers, as whole chats and for the template's tokens alone."""
     batches = list(answer_batches(model, prompts, answers, batch_size=batch_size))
-    return [Texts("chats", batches), Texts("template", batches)]
+    clean = Clean(model, batches)
+    return [Texts("chats", batches, clean), Texts("template", batches, clean)]
 
 
 def documents(model: ChatModel, rows: Prompts, *, batch_size: int) -> Texts:
     """Plain text, cut off after `capability.DOCUMENT_TOKENS` tokens; documents of a single token are left out."""
     usable = scorable(model, rows)
     parts = (usable[start : start + batch_size] for start in range(0, len(usable), batch_size))
-    return Texts("documents", [model.text_tokens(part, DOCUMENT_TOKENS).to(model.device) for part in parts])
+    batches = [model.text_tokens(part, DOCUMENT_TOKENS).to(model.device) for part in parts]
+    return Texts("documents", batches, Clean(model, batches))
 
 
 def averages(model: ChatModel, texts: Texts, layers: Iterable[int]) -> Averages:
@@ -232,8 +266,8 @@ def _replacing(
         changed[inside] = new.to(changed)
         return changed
 
-    for batch in texts.batches:
-        found.append(cross_entropies(model, batch, {layer: edit}))
+    for batch, given in zip(texts.batches, texts.clean.after(layer), strict=False):
+        found.append(cross_entropies(model, batch, {layer: edit}, given))
     return torch.cat(found), torch.cat(figures)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from refusalscope.core.types import Prompts, Response
-from refusalscope.inputs.chat import ChatModel, Edits, Tokens
+from refusalscope.inputs.chat import ChatModel, Edits, Given, Tokens
 from refusalscope.inputs.template import Role
 
 
@@ -49,8 +49,10 @@ def pick(log_probabilities: Float[Tensor, "prompt kept vocabulary"], wanted: Ten
     return log_probabilities.gather(-1, wanted[..., None])[..., 0]
 
 
-def cross_entropies(model: ChatModel, tokens: Tokens, edits: Edits) -> Float64[Tensor, "prompt"]:
-    """Each text's cross-entropy in nats, summed over the tokens it is scored on."""
+def cross_entropies(
+    model: ChatModel, tokens: Tokens, edits: Edits, given: Given | None = None
+) -> Float64[Tensor, "prompt"]:
+    """Each text's cross-entropy in nats, summed over the tokens it is scored on, from the layer `given` on."""
     scored, wanted, width = targets(tokens)
-    logits = model.run(tokens, edits=edits, logits=width).logits.log_softmax(-1)
+    logits = model.run(tokens, edits=edits, logits=width, given=given).logits.log_softmax(-1)
     return -(pick(logits, wanted).cpu().double() * scored.cpu()).sum(1)

@@ -1,6 +1,6 @@
 """Edits of common, specific and exclusive features on every category's held-out prompts: measures, states the Finding.
 
-The unit of resuming is the category for the metric, and a batch of one arm's answers for the rates.
+The unit of resuming is the category for the metric, and for the rates the answers of a few arms, given in one go.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,12 +8,16 @@ from functools import cache, partial
 from itertools import product
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.types import Feature, FeatureSet, Finding, Prompts, Responses, SaeSlice, layers_of
 from refusalscope.evals import rules
 from refusalscope.inputs.categories import slug
-from refusalscope.inputs.chat import ChatModel, Tokens
-from refusalscope.mechanism.effects import contrast, metric_under
+from refusalscope.inputs.chat import ChatModel, Edits, Given, Tokens
+from refusalscope.mechanism.effects import Contrast, contrast
 from refusalscope.mechanism.interventions import (
     Held,
     HoldFeatures,
@@ -140,10 +144,14 @@ def _measure(
     used = rows.keep(found["ids"])
     unedited = make_answers(job, used, benchmark.BASE, {})
     judged = partial(judge_answers, job, fitted, used, cut_off_counts=rules.ordinarily_ends(unedited))
+    at_once = max(1, TOGETHER // max(1, len(used)))
     answers = []
-    for done, arm in enumerate(wanted):
-        job.progress(f"categories: answering {used.name}, {_label(arm)}", done, len(wanted))
-        answers.append((arm, judged(_answers(job, used, arm, slices), _label(arm))))
+    for start in range(0, len(wanted), at_once):
+        part = wanted[start : start + at_once]
+        answered = _answers(job, used, part, slices)
+        for done, arm in enumerate(part, start):
+            job.progress(f"categories: answering {used.name}, {_label(arm)}", done, len(wanted))
+            answers.append((arm, judged(answered(arm), _label(arm))))
     # Whoever judges the run's answers takes all there are: none may be of sets that are no longer these.
     labels = [benchmark.BASE.label, *map(_label, wanted)]
     for folder in (f"answers/{used.name}", f"responses/{used.name}"):
@@ -168,16 +176,34 @@ def _effects(
     refused = opening_refused(job, fitted, rows, size=size) if len(rows) else rows
     used: list[str] = []
     changes: list[list[float]] = [[] for _ in arms]
+    starts = {_first(arm) for arm in arms if len(arm.scaled)}
     for batch, tokens in job.model.batches(refused, size):
         seen = contrast(job.model, tokens, fitted.direction)
+        clean = job.model.run(tokens, keep=starts, offload=False).residuals
         used += [prompt for prompt, usable in zip(batch.ids, seen.flipped.tolist(), strict=True) if usable]
         held = _recorded(job.model, batch, arms, slices, batch_size=max(1, len(batch)), render=job.model.tokens)
         for change, arm in zip(changes, arms, strict=True):
             if len(arm.scaled):
                 edits = editor(_intervention(arm, held), layers=len(job.model.layers), slices=slices).edits
-                moved = metric_under(job.model, seen, edits).metric - seen.clean
+                moved = _metric(job.model, seen, edits, Given(_first(arm), clean[_first(arm)])) - seen.clean
                 change += moved[seen.flipped].tolist()
     return {"ids": used, "refused": len(refused), "changes": changes}
+
+
+def _first(arm: Arm) -> int:
+    """The lowest layer at which anything changes: what is held below it is what it is anyway."""
+    return min(feature.layer for feature in arm.scaled.features)
+
+
+def _metric(model: ChatModel, seen: Contrast, edits: Edits, given: Given) -> Float[Tensor, "prompt"]:
+    """The metric of a batch under edits, which change nothing before the layer that is given: it goes on from there."""
+    # The edits of the testbed's seven categories took 18 s from the embeddings on, and take 11.
+    if model.resumable:
+        edits = {layer: edit for layer, edit in edits.items() if layer >= given.layer}
+    run = model.run(seen.tokens, edits=edits, logits=1, given=given if model.resumable else None)
+    compared = torch.stack([seen.answer, seen.refusal], 1)
+    answer, refusal = run.logits[:, -1].cpu().gather(1, compared).unbind(1)
+    return answer - refusal
 
 
 def _recorded(
@@ -215,22 +241,35 @@ def _label(arm: Arm) -> str:
     return f"{arm.method} {arm.setting}"
 
 
-def _answers(job: Job, rows: Prompts, arm: Arm, slices: Slices) -> Responses:
-    """What the model answers under an arm; the values held are recorded part by part, and are no part of the key."""
+def _answers(job: Job, rows: Prompts, arms: Sequence[Arm], slices: Slices) -> Callable[[Arm], Responses]:
+    """A function that gives what the model answers under each of a few arms.
 
-    def make(batch: Prompts) -> Responses:
-        size, longest = job.size("answer"), job.max_new_tokens
-        held = _recorded(job.model, batch, [arm], slices(), batch_size=size, render=job.model.answer_tokens)
-        edit = benchmark.Arm(arm.method, arm.setting, _intervention(arm, held))
-        return benchmark.answer(job.model, batch, edit, slices=slices(), batch_size=size, max_new_tokens=longest)
+    All are answered at once when the first is missing, those that stand too: what a row says must not depend on when a
+    run was killed. The values held are recorded part by part, and are no part of the key.
+    """
+    made: dict[tuple[str, ...], dict[str, Responses]] = {}
 
-    return job.in_batches(
-        "answer",
-        f"answers/{rows.name}/{_label(arm)}.jsonl",
-        key=job.key("answer", rows, arm, job.max_new_tokens, TOGETHER),
-        rows=rows,
-        kind=Responses,
-        make=make,
-        join=benchmark.joined,
-        together=TOGETHER,
-    )
+    def make(arm: Arm, batch: Prompts) -> Responses:
+        if batch.ids not in made:
+            size, longest = job.size("answer"), job.max_new_tokens
+            held = _recorded(job.model, batch, arms, slices(), batch_size=size, render=job.model.answer_tokens)
+            edits = [benchmark.Arm(one.method, one.setting, _intervention(one, held)) for one in arms]
+            said = benchmark.answer_each(
+                job.model, batch, edits, slices=slices(), batch_size=size, max_new_tokens=longest
+            )
+            made[batch.ids] = {_label(one): answers for one, answers in zip(arms, said, strict=True)}
+        return made[batch.ids][_label(arm)]
+
+    def answered(arm: Arm) -> Responses:
+        return job.in_batches(
+            "answer",
+            f"answers/{rows.name}/{_label(arm)}.jsonl",
+            key=job.key("answer", rows, arm, arms, job.max_new_tokens, TOGETHER),
+            rows=rows,
+            kind=Responses,
+            make=partial(make, arm),
+            join=benchmark.joined,
+            together=TOGETHER,
+        )
+
+    return answered

@@ -7,7 +7,11 @@ by prompt. Knows nothing of files; whoever drives it decides what is answered ag
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from refusalscope.core import comparisons, stats
 from refusalscope.core.comparisons import Scored, pooled_setting
@@ -15,7 +19,7 @@ from refusalscope.core.stats import Estimate
 from refusalscope.core.types import Direction, FeatureSet, Finding, Prompts, Responses, Row, SaeSlice
 from refusalscope.evals.capability import Cost
 from refusalscope.evals.rules import OUTCOMES
-from refusalscope.inputs.chat import ChatModel
+from refusalscope.inputs.chat import Batch, ChatModel, Edit, Edits
 from refusalscope.mechanism.interventions import (
     AddDirection,
     Intervention,
@@ -77,12 +81,64 @@ def answer(
     max_new_tokens: int,
 ) -> Responses:
     """Answer a data set under an arm, greedily, and count the positions its edit changed."""
-    made = editor(arm.intervention, layers=len(model.layers), slices=slices)
-    tokens = model.answer_tokens(prompts)
-    rows = model.generate(
-        tokens, edits=made.edits, max_new_tokens=max_new_tokens, batch_size=batch_size, recordable=True
-    )
-    return Responses(prompts.name, arm.method, arm.setting, rows, made.changed)
+    (made,) = answer_each(model, prompts, [arm], slices=slices, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return made
+
+
+def answer_each(
+    model: ChatModel,
+    prompts: Prompts,
+    arms: Sequence[Arm],
+    *,
+    slices: Mapping[int, SaeSlice],
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[Responses]:
+    """The same under several arms at once: 20 prompts under each of ten take half the time of one arm after another."""
+    made = [editor(arm.intervention, layers=len(model.layers), slices=slices) for arm in arms]
+    tokens = model.answer_tokens(prompts).repeated(len(arms))
+    edits = made[0].edits
+    if len(arms) > 1:
+        tokens = replace(tokens, prompt_ids=tuple(map(str, range(len(tokens.prompt_ids)))))
+        edits = _by_row([one.edits for one in made], prompts.ids)
+    rows = model.generate(tokens, edits=edits, max_new_tokens=max_new_tokens, batch_size=batch_size, recordable=True)
+    count = len(prompts)
+    said = [replace(row, prompt_id=prompts.ids[number % count]) for number, row in enumerate(rows)]
+    return [
+        Responses(prompts.name, arm.method, arm.setting, tuple(said[at * count : (at + 1) * count]), one.changed)
+        for at, (arm, one) in enumerate(zip(arms, made, strict=True))
+    ]
+
+
+def _by_row(edits: Sequence[Edits], names: Sequence[str]) -> Edits:
+    """Each row edited as its own arm does it; rows are numbered, arm after arm, and `names` are an arm's prompts."""
+
+    @lru_cache(maxsize=1)
+    def owners(rows: tuple[str, ...], device: torch.device) -> tuple[list[tuple[int, tuple[str, ...], Tensor]], Tensor]:
+        """Arm, its prompts and where they are, for each arm; and where each row is once these lie side by side."""
+        found: dict[int, list[int]] = {}
+        for at, row in enumerate(rows):
+            found.setdefault(int(row) // len(names), []).append(at)
+        parts = [
+            (arm, tuple(names[int(rows[at]) % len(names)] for at in own), torch.tensor(own, device=device))
+            for arm, own in found.items()
+        ]
+        return parts, torch.cat([own for _, _, own in parts]).argsort()
+
+    def edit_at(layer: int) -> Edit:
+        def edit(residual: Tensor, batch: Batch) -> Tensor:
+            parts, back = owners(batch.prompt_ids, residual.device)
+            edited = []
+            for arm, prompts, own in parts:
+                part = residual[own]
+                if layer in edits[arm]:
+                    part = edits[arm][layer](part, Batch(prompts, batch.roles[own], batch.answering))
+                edited.append(part)
+            return torch.cat(edited)[back]
+
+        return edit
+
+    return {layer: edit_at(layer) for layer in sorted({layer for own in edits for layer in own})}
 
 
 def joined(parts: Sequence[Responses]) -> Responses:
