@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from refusalscope.inputs import hooks
 from refusalscope.inputs.chat import Batch, ChatModel
 from refusalscope.inputs.template import ChatTemplate, Role
 from tests import tiny
@@ -117,3 +118,30 @@ def test_a_layer_that_is_not_there_is_named() -> None:
     model = tiny.chat_model()
     with pytest.raises(ValueError, match=r"layers 0 to 3, not \[9\]"):
         model.run(model.tokens(tiny.prompts()), keep=[9])
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 5, 8), (1, 1, 8)])
+def test_logits_made_in_pieces_are_those_made_at_once(shape: tuple[int, ...]) -> None:
+    head = torch.nn.Linear(8, 2 * hooks.PIECE + 3, bias=False).requires_grad_(False)
+    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    whole = head(hidden)
+    with hooks.quick_unembedding(head):
+        torch.testing.assert_close(head(hidden), whole)
+        torch.testing.assert_close(head(torch.stack([hidden, hidden], -1)[..., 0]), whole)
+        (slope,) = torch.autograd.grad(head(hidden.requires_grad_(True)).sum(), hidden)
+    torch.testing.assert_close(slope, torch.autograd.grad(head(hidden).sum(), hidden)[0])
+    assert "forward" not in vars(head)
+
+
+@pytest.mark.parametrize("changed", ["bias", "bfloat16", "wrapped"])
+def test_an_unembedding_that_is_no_plain_matrix_in_float32_is_run_as_it_is(changed: str) -> None:
+    head = torch.nn.Linear(8, hooks.PIECE + 3, bias=changed == "bias").requires_grad_(False)
+    head = head.bfloat16() if changed == "bfloat16" else head
+    if changed == "wrapped":
+        plain = head.forward
+        head.forward = lambda hidden: plain(hidden) + 1  # type: ignore[method-assign]
+    hidden = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(head.weight.dtype)
+    whole, own = head(hidden), vars(head).get("forward")
+    with hooks.quick_unembedding(head):
+        assert torch.equal(head(hidden), whole)
+    assert vars(head).get("forward") is own

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from refusalscope.core.types import Feature, FeatureSet, Prompts, Response, SaeSlice
-from refusalscope.inputs import cache, decoding, replay
+from refusalscope.inputs import cache, replay
 from refusalscope.inputs.chat import Batch, ChatModel, Edits
 from refusalscope.mechanism.interventions import (
     Editor,

@@ -365,7 +365,7 @@ class ChatModel:
             for layer in sorted(wanted):
                 handle = self.layers[layer].register_forward_hook(hook_for(layer))
                 stack.callback(handle.remove)
-            stack.enter_context(hooks.unembedding_once(self.model.get_output_embeddings()))
+            stack.enter_context(hooks.quick_unembedding(self.model.get_output_embeddings()))
             yield
 
 

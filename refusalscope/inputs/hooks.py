@@ -12,6 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+PIECE = 2048
+"""Tokens whose logits a CPU makes at a time, in float32: of 16 prompts in 9.4 ms instead of 13.2 (width 512, vocabulary
+32,000, two cores), or in 94 instead of 162 (640, 256,000)."""
+
 
 @contextmanager
 def as_written() -> Iterator[None]:
@@ -86,15 +90,34 @@ def some_tokens(head: nn.Module, wanted: Int[Tensor, "token"]) -> Iterator[None]
 
 
 @contextmanager
-def unembedding_once(head: nn.Module) -> Iterator[None]:
-    """Let the unembedding see its input in one piece.
+def quick_unembedding(head: nn.Module) -> Iterator[None]:
+    """Let the unembedding see its input in one piece and, on a CPU, make its output in pieces.
 
     Last positions cut out of a batch lie apart, and torch then reads the weights once for each prompt: the logits of 64
     prompts (width 512, vocabulary 32,000) took 198 ms on two cores, in one piece 20.
     """
+    weight: Any = head.weight
+    width, own = weight.shape[-1], "forward" in vars(head)
 
     def gather(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(part.contiguous() for part in inputs)
 
+    def in_pieces(hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch token"]:
+        if hidden.requires_grad or hidden.dtype != torch.float32 or hidden.numel() == width:
+            return nn.functional.linear(hidden, weight)
+        logits = hidden.new_empty(*hidden.shape[:-1], len(weight))
+        pieces = zip(logits.view(-1, len(weight)).split(PIECE, 1), weight.split(PIECE), strict=True)
+        for piece, rows in pieces:
+            torch.mm(hidden.view(-1, width), rows.T, out=piece)
+        return logits
+
     with head.register_forward_pre_hook(gather):
-        yield
+        plain = type(head) is nn.Linear and head.bias is None and not own
+        if not plain or weight.device.type != "cpu" or weight.dtype != torch.float32:
+            yield
+            return
+        head.forward = in_pieces  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del head.forward
