@@ -77,7 +77,8 @@ def entries_of_each(parts: Sequence[SaeSlice], batch: Trace) -> list[Entries]:
     kept = (change != 0) & inside.to(change.device)[..., None]
     owner, prompt, position, column = kept.nonzero(as_tuple=True)
     feature = torch.stack([as_wide(part, part.features) for part in parts]).to(owner.device)[owner, column]
-    columns = prompt, position - inside.shape[1], feature, value[owner, prompt, position, column]
+    # In copies: a column of what `nonzero` made would keep all four of them in memory.
+    columns = prompt.int(), (position - inside.shape[1]).int(), feature.int(), value[owner, prompt, position, column]
     counts = owner.bincount(minlength=len(parts)).tolist()
     shares = zip(*(axis.cpu().split(counts) for axis in columns), strict=True)
     return [Entries(part.layer, *share) for part, share in zip(parts, shares, strict=True)]
