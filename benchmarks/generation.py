@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 
 PLANS = {
     "toy": Plan(Shape(layers=3, width=64, features=1024, positions=12), 4, {1: 2, 4: 2}, 1, Mixed(12, 4, 8, 1)),
-    "small": Plan(Shape(features=8192, positions=16), 8, {1: 15, 16: 10, 64: 10}, 2, Mixed(64, 16, 32, 3)),
+    "small": Plan(Shape(features=8192, positions=16), 8, {1: 8, 16: 10, 64: 10}, 2, Mixed(64, 16, 32, 2)),
     "full": Plan(Shape(features=8192, positions=64), 64, {1: 15, 16: 15, 64: 10}, 3, Mixed(256, 16, 128, 5)),
 }
 

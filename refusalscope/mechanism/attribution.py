@@ -291,7 +291,9 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, end: Tensor, nodes: Sequence[float]) -> Tensor:
-        mixed = [torch.lerp(z, end, node) for z, node in zip(residual.chunk(len(nodes)), nodes, strict=True)]
+        mixed = [
+            torch.lerp(z, end.to(z.dtype), node) for z, node in zip(residual.chunk(len(nodes)), nodes, strict=True)
+        ]
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
     @staticmethod
