@@ -218,11 +218,11 @@ def test_a_metric_that_goes_on_from_the_first_scaled_layer_is_that_of_a_whole_pa
     clean = model.run(tokens, keep=[2], offload=False).residuals
     assert pipeline._first(made) == 2
     assert sorted(edits) == [1, 2]
-    found = pipeline._metric(model, seen, edits, Given(2, clean[2]))
+    found = metric_under(model, seen, edits, Given(2, clean[2])).metric
     torch.testing.assert_close(found, metric_under(model, seen, edits).metric, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found, seen.clean, atol=1e-3)
     # What changes nothing leaves every bit in its place.
-    assert torch.equal(pipeline._metric(model, seen, {}, Given(2, clean[2])), seen.clean)
+    assert torch.equal(metric_under(model, seen, {}, Given(2, clean[2])).metric, seen.clean)
 
 
 def test_edits_that_are_answered_together_are_those_answered_alone(tmp_path: Path) -> None:

@@ -8,16 +8,12 @@ from functools import cache, partial
 from itertools import product
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from refusalscope.core.fingerprint import fingerprint
 from refusalscope.core.types import Feature, FeatureSet, Finding, Prompts, Responses, SaeSlice, layers_of
 from refusalscope.evals import rules
 from refusalscope.inputs.categories import slug
-from refusalscope.inputs.chat import ChatModel, Edits, Given, Tokens
-from refusalscope.mechanism.effects import Contrast, contrast
+from refusalscope.inputs.chat import ChatModel, Given, Tokens
+from refusalscope.mechanism.effects import contrast, metric_under
 from refusalscope.mechanism.interventions import (
     Held,
     HoldFeatures,
@@ -180,12 +176,13 @@ def _effects(
     for batch, tokens in job.model.batches(refused, size):
         seen = contrast(job.model, tokens, fitted.direction)
         clean = job.model.run(tokens, keep=starts, offload=False).residuals
+        known = {layer: Given(layer, residual) for layer, residual in clean.items()}
         used += [prompt for prompt, usable in zip(batch.ids, seen.flipped.tolist(), strict=True) if usable]
         held = _recorded(job.model, batch, arms, slices, batch_size=max(1, len(batch)), render=job.model.tokens)
         for change, arm in zip(changes, arms, strict=True):
             if len(arm.scaled):
                 edits = editor(_intervention(arm, held), layers=len(job.model.layers), slices=slices).edits
-                moved = _metric(job.model, seen, edits, Given(_first(arm), clean[_first(arm)])) - seen.clean
+                moved = metric_under(job.model, seen, edits, known[_first(arm)]).metric - seen.clean
                 change += moved[seen.flipped].tolist()
     return {"ids": used, "refused": len(refused), "changes": changes}
 
@@ -193,17 +190,6 @@ def _effects(
 def _first(arm: Arm) -> int:
     """The lowest layer at which anything changes: what is held below it is what it is anyway."""
     return min(feature.layer for feature in arm.scaled.features)
-
-
-def _metric(model: ChatModel, seen: Contrast, edits: Edits, given: Given) -> Float[Tensor, "prompt"]:
-    """The metric of a batch under edits, which change nothing before the layer that is given: it goes on from there."""
-    # The edits of the testbed's seven categories took 18 s from the embeddings on, and take 11.
-    if model.resumable:
-        edits = {layer: edit for layer, edit in edits.items() if layer >= given.layer}
-    run = model.run(seen.tokens, edits=edits, logits=1, given=given if model.resumable else None)
-    compared = torch.stack([seen.answer, seen.refusal], 1)
-    answer, refusal = run.logits[:, -1].cpu().gather(1, compared).unbind(1)
-    return answer - refusal
 
 
 def _recorded(
