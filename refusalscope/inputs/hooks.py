@@ -4,7 +4,7 @@ For `ChatModel` alone. Each is a context manager that leaves the model as it was
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -78,15 +78,8 @@ def some_tokens(head: nn.Module, wanted: Int[Tensor, "token"]) -> Iterator[None]
 
     weight: Any = head.weight
     bias: Any = getattr(head, "bias", None)
-    if type(head) is not nn.Linear or "forward" in vars(head) or weight.is_meta:
-        with head.register_forward_hook(pick):
-            yield
-        return
-    head.forward = few  # type: ignore[method-assign]
-    try:
+    with head.register_forward_hook(pick) if weight.is_meta or not _is_plain(head) else _run_as(head, few):
         yield
-    finally:
-        del head.forward
 
 
 @contextmanager
@@ -97,7 +90,8 @@ def quick_unembedding(head: nn.Module) -> Iterator[None]:
     prompts (width 512, vocabulary 32,000) took 198 ms on two cores, in one piece 20.
     """
     weight: Any = head.weight
-    width, own = weight.shape[-1], "forward" in vars(head)
+    width = weight.shape[-1]
+    in_reach = weight.device.type == "cpu" and weight.dtype == torch.float32 and getattr(head, "bias", None) is None
 
     def gather(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(part.contiguous() for part in inputs)
@@ -111,13 +105,23 @@ def quick_unembedding(head: nn.Module) -> Iterator[None]:
             torch.mm(hidden.view(-1, width), rows.T, out=piece)
         return logits
 
-    with head.register_forward_pre_hook(gather):
-        plain = type(head) is nn.Linear and head.bias is None and not own
-        if not plain or weight.device.type != "cpu" or weight.dtype != torch.float32:
-            yield
-            return
-        head.forward = in_pieces  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            del head.forward
+    with (
+        head.register_forward_pre_hook(gather),
+        _run_as(head, in_pieces) if in_reach and _is_plain(head) else nullcontext(),
+    ):
+        yield
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether it is torch's matrix and runs as that does: where weights are offloaded it has a `forward` besides."""
+    return type(head) is nn.Linear and "forward" not in vars(head)
+
+
+@contextmanager
+def _run_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a function stand in for a module that has no `forward` of its own."""
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
